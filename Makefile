@@ -14,7 +14,7 @@ venv: $(STAMP)  ## build .venv (again when settings.ini, setup.py or constraints
 # torch comes first and alone: pip's own settings decide which build, and nothing replaces it later.
 $(STAMP): settings.ini setup.py constraints.txt
 	@test -x $(BIN)/pip || $(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and \
-		'Python 3.10 or newer is needed, for example: make $@ PYTHON=python3.12')"
+		'Python 3.10 or newer is needed, for example: make test PYTHON=python3.12')"
 	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -c constraints.txt torch
 	$(BIN)/pip install -c constraints.txt -e ".[data,train,plots,dev]"
@@ -34,7 +34,7 @@ export: $(STAMP)  ## write latent_grpo/ from nbs/ and clean the notebooks
 	$(BIN)/nbdev_clean
 
 check: export  ## fail when export or clean change or add a file
-	git diff --exit-code
+	git --no-pager diff --exit-code
 	@new=$$(git ls-files --others --exclude-standard nbs latent_grpo); \
 		test -z "$$new" || { echo "not in git: $$new"; exit 1; }
 

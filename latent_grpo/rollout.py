@@ -146,7 +146,7 @@ def _assemble(record, prompt_ids, prompt_mask, ended, rows, seed) -> Rollout:
         raise ValueError('logits: the model gave values that are not finite; the policy has diverged or its weights are broken')
     return Rollout(prompt_ids, prompt_mask, ended=ended, rows=rows, seed=seed, **out)
 
-# %% ../nbs/06_rollout.ipynb #51d63f9b
+# %% ../nbs/06_rollout.ipynb #f1c509bd
 def replay_states(
     model, r: Rollout, sampling: Sampling,
 ) -> Tensor:              # [N, T, D]: the state from which each step was drawn
@@ -155,7 +155,7 @@ def replay_states(
     flat = lambda x: x[:, :-1].reshape(N * (T - 1), *x.shape[2:])
     per_step = sampling.select(torch.arange(N, device=r.kind.device).repeat_interleave(T - 1))
     embed = model.embed.detach()
-    steps = step_inputs(embed, flat(r.ids), flat(r.scores), flat(r.kind), per_step).view(N, T - 1, -1)
+    steps = step_inputs(embed, flat(r.ids), flat(r.scores), flat(r.kind), per_step).view(N, T - 1, embed.shape[1])
     prompt = embed[r.prompt_ids].repeat_interleave(G, 0)
     mask = torch.cat([r.prompt_mask.repeat_interleave(G, 0), r.response_mask[:, :-1]], 1)
     return model.hidden(torch.cat([prompt, steps], 1), mask)[0][:, P - 1:]

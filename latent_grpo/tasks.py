@@ -174,7 +174,7 @@ def compress(
         if content: labels.append((content, label_weights(len(content))))
     return labels
 
-# %% ../nbs/01_tasks.ipynb #b392ff58
+# %% ../nbs/01_tasks.ipynb #f3d58152
 def exact_match(
     text: str,     # what the model answered
     answer: str,   # the row's answer
@@ -195,6 +195,8 @@ class Task:
     eos_id: int                      # end of the text
     prompt_text: Callable            # problem -> prompt, up to and including `<think>`
     grade: Callable = exact_match    # (answer text, gold, row id) -> bool
+    extract: Callable = str.strip    # answer text -> the answer itself, or None when there is none to find
+    answer_format: str = '{}'        # how a response states its answer, e.g. '\\boxed{{{}}}'
     max_prompt: int = 192            # tokens
     rate: int = 4                    # r: chain tokens per latent label
     filler: frozenset = field(default_factory=frozenset)
@@ -206,7 +208,8 @@ class Task:
         raise ValueError(f"row {row['id']}: prompt has {len(ids)} tokens, max_prompt is {self.max_prompt}; "
                          'raise max_prompt or drop the row')
 
-    def _tail(self, row): return [*self.end_latent_ids, *self.encode(row['answer']), self.eos_id]
+    def _tail(self, row):
+        return [*self.end_latent_ids, *self.encode(self.answer_format.format(row['answer'])), self.eos_id]
 
     def _chain(self, row):
         if row['cot'] is None: raise ValueError(f"row {row['id']}: no chain of thought to train on")

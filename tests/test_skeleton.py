@@ -14,6 +14,16 @@ NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
 
 # Which of our modules each one imports, lazily or not. A new edge is added here on purpose.
 ALLOWED = {
+    "tasks": set(),
+    "model": set(),
+    "latent": set(),
+    "sampling": set(),
+    "rollout": {"latent", "sampling"},
+    "sft": {"latent", "sampling", "rollout"},
+    "grpo": set(),
+    "masking": {"grpo"},
+    "noise": {"sampling"},
+    "selection": set(),
 }
 
 PROBE = """
@@ -90,11 +100,12 @@ def test_no_star_imports():
 
 
 def test_modules_and_lines_are_short():
-    for name, path in MODULES.items():
-        text = path.read_text("utf-8")
-        assert len(text.splitlines()) <= 400, name
-        text = re.sub(r"^__all__ = \[.*?\]$", "", text, flags=re.M | re.S)  # nbdev's own wrapping
-        assert not [line for line in text.splitlines() if len(line) > 100], name
+    texts = {name: path.read_text("utf-8") for name, path in MODULES.items()}
+    assert not {name for name, text in texts.items() if len(text.splitlines()) > 400}
+    for name, text in texts.items():  # nbdev wraps __all__ by its own rule
+        texts[name] = re.sub(r"^__all__ = \[.*?\]$", "", text, flags=re.M | re.S)
+    assert not [(name, line) for name, text in texts.items()
+                for line in text.splitlines() if len(line) > 100]
 
 
 def test_functions_are_short():
