@@ -16,7 +16,7 @@ from .latent import effective_support
 from .rollout import Rollout, generate, replay_states
 from .sampling import Sampling, mixture_weights
 
-# %% ../nbs/12_evaluate.ipynb #e4d1c70e
+# %% ../nbs/12_evaluate.ipynb #91395bf6
 class Interval(NamedTuple):
     "A mean with the two ends of its interval."
     mean: float
@@ -36,6 +36,7 @@ def _percentile(mean, means, level): # Interval from bootstrap means
     if not 0 < level < 1: raise ValueError(f"level must lie between 0 and 1, got {level}")
     return Interval(float(mean), *map(float, np.quantile(means, [(1-level)/2, (1+level)/2])))
 
+# %% ../nbs/12_evaluate.ipynb #b958e5ff
 def bootstrap_interval(values,     # [problems] score of each problem
                        level=0.95, # share of bootstrap means inside
                        draws=2000, # number of bootstrap draws
@@ -47,7 +48,7 @@ def bootstrap_interval(values,     # [problems] score of each problem
     means = [values[rng.integers(n, size=n)].mean() for _ in range(draws)]
     return _percentile(values.mean(), means, level)
 
-# %% ../nbs/12_evaluate.ipynb #b6977a49
+# %% ../nbs/12_evaluate.ipynb #da2dab52
 def wilson_interval(successes: int, # right answers
                     trials: int,    # problems, at least 1
                     level=0.95,     # confidence level
@@ -60,7 +61,7 @@ def wilson_interval(successes: int, # right answers
     half = z * (p * (1-p) / trials + z*z / (4 * trials**2)) ** 0.5
     return Interval(p, max(0.0, (centre - half) / shrink), min(1.0, (centre + half) / shrink))
 
-# %% ../nbs/12_evaluate.ipynb #0cd5b42b
+# %% ../nbs/12_evaluate.ipynb #1433b67e
 @lru_cache(maxsize=64)
 def t_quantile(df: int,    # degrees of freedom, seeds - 1, at least 1
                level=0.95, # two-sided
@@ -71,7 +72,7 @@ def t_quantile(df: int,    # degrees of freedom, seeds - 1, at least 1
     mass = np.concatenate([[0], np.cumsum(height[1:] + height[:-1])])
     return float(df**0.5 * np.tan(np.interp(level, mass / mass[-1], theta)))
 
-# %% ../nbs/12_evaluate.ipynb #967960e0
+# %% ../nbs/12_evaluate.ipynb #7a7b0548
 def seed_interval(values,     # [seeds] one score per training run, at least 2
                   level=0.95, # confidence level
                  ) -> Interval:
@@ -81,7 +82,7 @@ def seed_interval(values,     # [seeds] one score per training run, at least 2
     half = t_quantile(len(values) - 1, level) * values.std(ddof=1) / len(values) ** 0.5
     return Interval(*(float(values.mean() + d) for d in (0, -half, half)))
 
-# %% ../nbs/12_evaluate.ipynb #5d16c453
+# %% ../nbs/12_evaluate.ipynb #5ae68e91
 def hierarchical_bootstrap(values,     # [seeds, problems], all seeds on the same problems
                            level=0.95, # share of bootstrap means inside
                            draws=2000, # number of bootstrap draws
@@ -94,7 +95,7 @@ def hierarchical_bootstrap(values,     # [seeds, problems], all seeds on the sam
              for _ in range(draws)]
     return _percentile(values.mean(), means, level)
 
-# %% ../nbs/12_evaluate.ipynb #45b53146
+# %% ../nbs/12_evaluate.ipynb #58057c40
 def pass_at_k(n, # samples of each problem: int or [problems]
               c, # right ones among them: int or [problems]
               k: int, # 1 <= k <= n
@@ -106,7 +107,7 @@ def pass_at_k(n, # samples of each problem: int or [problems]
     j = np.arange(k)
     return 1 - np.prod(np.maximum((n - c)[..., None] - j, 0) / (n[..., None] - j), axis=-1)
 
-# %% ../nbs/12_evaluate.ipynb #98c92dc9
+# %% ../nbs/12_evaluate.ipynb #43628b09
 def support_per_step(r: Rollout, sampling: Sampling) -> torch.Tensor:   # [latent steps]
     "Effective support of each latent step in a batch of rollouts"
     rows = r.latent_mask.nonzero()[:, 0]

@@ -66,7 +66,7 @@ def drop_unit(text: str, # an answer
     words = set((m[1] or m[2] or "").lower().split())
     return text if words & _NOT_UNITS else text[:m.start()]
 
-# %% ../nbs/02_grading.ipynb #30e336f3
+# %% ../nbs/02_grading.ipynb #c77255ad
 _NOISE = re.compile(r"(\\\\)|\\(?:left|right|approx)(?![a-z])|\\phantom\s*(?:-|\{[^{}]*\})|"
                     r"(?<=\d),\\!\s*(?=\d{3})|\\[!,;: ()\[\]]|\\?[$€£]")
 
@@ -75,7 +75,7 @@ def clean(text: str, # an answer, from a model or from a file
     "Remove what does not change the meaning of an answer."
     text = _NOISE.sub(lambda m: m[1] or "", text.replace("\u2212", "-").replace("~", " "))
     text = re.sub(r"\\[dt]frac(?![a-z])", r"\\frac", text)
-    text = re.sub(r"\\frac\s*(\\[a-z]+)\s*(\d)", r"\\frac{\1}{\2}", text) # \frac\pi2
+    text = re.sub(r"\\frac\s*\\pi\s*(?:(\d)|\{(\d+)\})", r"\\frac{\\pi}{\1\2}", text)
     return drop_unit(text.strip().rstrip(".,;:")).strip()
 
 # %% ../nbs/02_grading.ipynb #6db08654
@@ -113,12 +113,13 @@ def as_words(text: str, # an answer
     if m: return " ".join(m[1].lower().split()).rstrip(".") or None
     return text.lower() if re.fullmatch(r"[^\W\d_]{3,}", text) else None
 
-# %% ../nbs/02_grading.ipynb #e4945dd3
+# %% ../nbs/02_grading.ipynb #12524d20
 TIME_LIMIT = 3 # whole seconds for one parse or one comparison, in the main thread only
 _EXPLOSIVE = re.compile(r"\d\s*\^\s*\{?\s*\d+\s*\^|\^\s*\{?\s*\d{4,}|\d{4,}\s*\)*\s*!|!\s*!")
 
 def _limit(): return TIME_LIMIT if threading.current_thread() is threading.main_thread() else None
 
+# %% ../nbs/02_grading.ipynb #6fb1398e
 @lru_cache(maxsize=1)
 def _rules(): # read LaTeX as a whole, keep letters that look like units
     from latex2sympy2_extended import NormalizationConfig
@@ -132,6 +133,7 @@ def _parse(text): # list of SymPy objects and strings
 
 _parse_gold = lru_cache(maxsize=100_000)(_parse)
 
+# %% ../nbs/02_grading.ipynb #90161093
 def same_maths(gold: str,  # cleaned gold answer; comes first, the comparison is not symmetric
                answer: str, # cleaned answer of the model
               ) -> bool: # False also when it cannot be read, takes too long or could explode
@@ -140,7 +142,7 @@ def same_maths(gold: str,  # cleaned gold answer; comes first, the comparison is
     from math_verify import verify
     return verify(_parse_gold(gold), _parse(answer), timeout_seconds=_limit())
 
-# %% ../nbs/02_grading.ipynb #ac634281
+# %% ../nbs/02_grading.ipynb #02e688a6
 _NO_VALUE = {"", "none", "null", "nan", "n/a", "inf", "-inf"}
 
 def _readable(gold): # can this cleaned gold answer be compared with anything?
@@ -150,19 +152,20 @@ def _readable(gold): # can this cleaned gold answer be compared with anything?
         return False # a bare sentence: as maths it would be a product of letters
     return any(not isinstance(part, str) for part in _parse_gold(gold))
 
+# %% ../nbs/02_grading.ipynb #1c80f4bd
 def check_gold(gold,     # final answer of one row: str, int or float
                row=None, # id of the row, for the message
               ) -> str:  # the cleaned gold answer
     "Return the cleaned gold answer; ValueError naming the row if it cannot be compared."
     text = clean(str(gold)) if isinstance(gold, (str, int, float)) else ""
     text = last_box(text) or text
-    if "####" not in text and _readable(text): return text
+    if _readable(text): return text
     where = "row without id" if row is None else f"row {row!r}"
     raise ValueError(f"{where}: field 'answer' holds {gold!r}, which cannot be read as a final "
                      "answer; give a number, LaTeX, a choice letter or \\text{words} there, "
                      "or remove the row")
 
-# %% ../nbs/02_grading.ipynb #3bf10e3e
+# %% ../nbs/02_grading.ipynb #221f35f4
 def _equal(gold, answer): # gold has been checked
     if as_choice(gold): return as_choice(answer) == as_choice(gold)
     if as_words(gold): return as_words(answer) == as_words(gold)
@@ -181,7 +184,7 @@ def is_correct(prediction_text: str, # free text of one rollout
     answer = extract_answer(prediction_text)
     return answer is not None and _equal(gold, answer)
 
-# %% ../nbs/02_grading.ipynb #b29ca14d
+# %% ../nbs/02_grading.ipynb #d050af91
 @dataclass(frozen=True)
 class Grades:
     "What the grader found, one entry per prediction."
@@ -198,6 +201,7 @@ class Grades:
         "Share of predictions without any answer; nan for no predictions."
         return 1 - sum(self.parsed) / len(self.parsed) if self.parsed else float("nan")
 
+# %% ../nbs/02_grading.ipynb #c1da49ad
 def grade(predictions: list[str], # free texts
           golds: list,            # gold answers, same length
           row_ids: list = None,   # named in errors; positions if None

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'METHODS', 'PROMPT', 'Config', 'parse_value', 'make_config', 'sampling_of', 'train_tokenizer',
-           'chat_prompt', 'text_task', 'problem_rows', 'build_task', 'build_model']
+           'chat_prompt', 'text_task', 'test_splits', 'problem_rows', 'build_task', 'build_model']
 
 # %% ../nbs/13_presets.ipynb #6f6cddb0
 import ast, difflib
@@ -17,7 +17,7 @@ from .noise import one_sided
 from .sampling import Sampling
 from .tasks import Task, chain_task, load_hub, load_rows, split_of
 
-# %% ../nbs/13_presets.ipynb #9734306e
+# %% ../nbs/13_presets.ipynb #1d0c4b4b
 @dataclass
 class Config:
     "All settings of a run. Defaults are the paper's where it has a value; see `PRESETS` for sources"
@@ -30,7 +30,7 @@ class Config:
     limit: int = 0              # training rows; 0: all
     modulus: int = 7
     slots: int = 4
-    min_steps: int = 2          # steps that a generated problem needs
+    min_steps: int = 3          # steps that a generated problem needs
     most_steps: int = 4
     train_rows: int = 8000
     test_rows: int = 512        # generated rows of validation and of test; cap on the rows of other splits, 0: all
@@ -49,6 +49,7 @@ class Config:
     # --- supervised start ---
     explicit_sft: int = 0       # steps on explicit chains
     latent_sft: int = 0         # steps on latent labels
+    explicit_first: bool = True # Latent-SFT starts from the explicit model, not from fresh weights
     sft_batch: int = 128
     sft_lr: float = 4e-3
     label_noise: float = 1.0    # Gumbel scale on input mixtures
@@ -97,17 +98,17 @@ class Config:
     save_every: int = 0         # steps between checkpoints; 0: only at the end
     seed: int = 0
 
-# %% ../nbs/13_presets.ipynb #e29fda78
+# %% ../nbs/13_presets.ipynb #ab81d95c
 _TOY, _PAPER, _SCRIPT = 'ours, chosen for a 2-core CPU', 'paper, appendix', 'released scripts'
 
 PRESETS = {
     'toy': dict(
         task=('chains', _TOY), model=('tiny', _TOY), train_rows=(8000, _TOY), test_rows=(512, _TOY),
-        explicit_sft=(450, _TOY), latent_sft=(500, _TOY), sft_batch=(128, _TOY), sft_lr=(4e-3, _TOY),
+        explicit_sft=(450, _TOY), latent_sft=(700, _TOY), explicit_first=(False, _TOY), sft_batch=(128, _TOY), sft_lr=(4e-3, _TOY),
         top_k=(4, 'ours: labels have two or three parts'), max_steps=(56, 'ours: an explicit chain needs up to 51'),
         temperature=(1.0, 'ours: no truncation in so small a vocabulary'), text_top_p=(1.0, _TOY), text_top_k=(0, _TOY),
         noise_scale=(0.5, 'ours; the paper has 1'), prompts=(96, _TOY), max_extra=(0, _TOY), minibatches=(2, _TOY),
-        lr=(1e-4, _TOY), weight_decay=(0.0, _TOY), steps=(40, _TOY), eval_every=(10, _TOY)),
+        lr=(1e-4, _TOY), weight_decay=(0.0, _TOY), steps=(60, _TOY), eval_every=(15, _TOY)),
     'gsm8k-tiny': dict(
         task=('problems', 'ours'), model=('scratch', 'ours'), drop=('in_aug_valid', 'rows of the validation file'),
         width=(256, 'ours'), layers=(4, 'ours'), ff=(704, 'ours'), vocab_size=(4000, 'ours'), rate=(2, 'paper: r = 2'),
@@ -245,22 +246,24 @@ def text_task(
                 prompt_text=chat_prompt(tokenizer, cfg.prompt_style), answer_format=cfg.answer_format,
                 max_prompt=cfg.max_prompt, rate=cfg.rate)
 
-# %% ../nbs/13_presets.ipynb #b6bbbd35
+# %% ../nbs/13_presets.ipynb #69553776
 def _read(source, cfg, limit=0, drop=''):
     if source.endswith(('.jsonl', '.jsonl.gz')): return load_rows(source, drop, limit)
     name, _, split = source.partition('@')
     columns = dict(pair.split('=') for pair in cfg.columns.split(',') if pair)
     return load_hub(name, split or 'train', columns, limit)
 
+def test_splits(cfg: Config, sources: list) -> dict:
+    "One split per test file or hub dataset, named by its stem"
+    stem = lambda source: Path(source.partition('@')[0]).name.removesuffix('.gz').removesuffix('.jsonl')
+    return {stem(source): _read(source, cfg, cfg.test_rows) for source in sources}
+
 def problem_rows(cfg: Config) -> dict:
     "Splits of a word-problem run: train, validation (a tenth of it, by hash), and one per test file"
     rows = _read(cfg.train, cfg, cfg.limit, cfg.drop)
     held = [r for r in rows if split_of(r['problem']) == 'validation']
-    out = dict(train=[r for r in rows if split_of(r['problem']) != 'validation'], validation=held[:cfg.test_rows or None])
-    for source in filter(None, cfg.tests.split(',')):
-        stem = Path(source.partition('@')[0]).name.removesuffix('.gz').removesuffix('.jsonl')
-        out[stem] = _read(source, cfg, cfg.test_rows)
-    return out
+    rows = [r for r in rows if split_of(r['problem']) != 'validation']
+    return dict(train=rows, validation=held[:cfg.test_rows or None]) | test_splits(cfg, [t for t in cfg.tests.split(',') if t])
 
 def build_task(
     cfg: Config,

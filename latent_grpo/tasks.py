@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Callable
 
-# %% ../nbs/01_tasks.ipynb #e8e6d34e
+# %% ../nbs/01_tasks.ipynb #b0969f91
 OPERATORS = {'+': lambda x, y: x + y, '-': lambda x, y: x - y, '*': lambda x, y: x * y}
 
 def needed(
@@ -26,7 +26,7 @@ def needed(
         i = todo.pop()
         if i not in found:
             found.add(i)
-            todo += [int(x[1:]) for x in (defs[i][0], defs[i][2]) if isinstance(x, str)]
+            todo += [int(x[1:]) for x in defs[i] if isinstance(x, str) and x[0] == 'v']
     return found
 
 # %% ../nbs/01_tasks.ipynb #3184670c
@@ -48,28 +48,32 @@ def evaluate_steps(
         left.remove(i)
     return steps
 
-# %% ../nbs/01_tasks.ipynb #d2121fc4
+# %% ../nbs/01_tasks.ipynb #461b8d9c
 def chain_row(
     rng: random.Random,      # source of the problem
     modulus: int,            # arithmetic modulo this
     slots: int = 4,          # definitions in the prompt
-    steps: tuple = (2, 4),   # smallest and largest number of steps that the answer needs
+    steps: tuple = (3, 4),   # smallest and largest number of steps that the answer needs
+    several: float = 0.75,   # share of problems with more than one correct first step, where steps allow it
     ops: str = '+-*',        # operators in use
 ) -> dict:                   # {problem, answer, cot, id}; `first_steps` lists every correct first variable
     "One random problem of chained arithmetic with one of its correct chains"
+    branch = steps[1] > 2 and rng.random() < several
     while True:
-        defs = []
+        defs, unused = [], []
         for i in range(slots):
-            operand = lambda: f'v{rng.randrange(i)}' if i and rng.random() < 0.5 else rng.randrange(modulus)
+            operand = lambda: (unused.pop(rng.randrange(len(unused))) if unused and rng.random() < 0.5
+                               else rng.randrange(modulus))
             defs.append((operand(), rng.choice(ops), operand()))
+            unused.append(f'v{i}')
         query = rng.randrange(slots)
-        if steps[0] <= len(needed(defs, query)) <= steps[1]: break
+        used = needed(defs, query)
+        first = [chr(97 + i) for i in sorted(used) if not any(str(x)[0] == 'v' for x in defs[i])]
+        if steps[0] <= len(used) <= steps[1] and (len(first) > 1) == branch: break
     name = lambda x: chr(97 + int(x[1:])) if isinstance(x, str) else str(x)
     problem = ' '.join(f'{chr(97 + i)} {name(a)} {op} {name(b)}' for i, (a, op, b) in enumerate(defs))
     chain = evaluate_steps(defs, query, modulus, rng)
     words = [f'let : {(v := chr(97 + i))} {a} and {v} {op} {b} so = {v} {c}' for i, a, op, b, c in chain]
-    first = [chr(97 + i) for i in sorted(needed(defs, query))
-             if not any(isinstance(x, str) for x in (defs[i][0], defs[i][2]))]
     text = f'{problem} ? {chr(97 + query)}'
     return dict(problem=text, answer=str(chain[-1][-1]), cot=' '.join(words), first_steps=first,
                 id=f'chain{modulus}-' + hashlib.sha1(text.encode()).hexdigest()[:10])

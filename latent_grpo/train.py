@@ -7,7 +7,7 @@ __all__ = ['ARCHITECTURE', 'training_row', 'draw_groups', 'valid_of', 'step_adva
            'make_optimizer', 'train_step', 'train_rl', 'validation', 'save_policy', 'load_policy', 'empty_model',
            'supervised_start', 'score_policy', 'run']
 
-# %% ../nbs/15_train.ipynb #f17cb296
+# %% ../nbs/15_train.ipynb #c322519a
 from functools import lru_cache
 from pathlib import Path
 import copy, json, math, time
@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from .evaluate import evaluate, rollout_metrics
 from .grpo import kl_k3, ppo_terms, step_weights
 from .masking import masked_advantages, valid_rollouts
-from .presets import Config, build_model, build_task, sampling_of
+from .presets import Config, build_model, build_task, parse_value, sampling_of, test_splits
 from .rollout import Rollout, generate, join, replay_logps, select_groups
 from .runs import RunLog, interruptible, load_checkpoint, save_checkpoint, write_folder
 from .sampling import Sampling
@@ -192,7 +192,7 @@ def validation(model, task, cfg: Config) -> dict:
     score = evaluate(model, task, task.rows['validation'], s, cfg.latent, max_steps=cfg.max_steps)
     return dict(validation=score['pass1'])
 
-# %% ../nbs/15_train.ipynb #d84c2f82
+# %% ../nbs/15_train.ipynb #8ff3db74
 ARCHITECTURE = ('model', 'width', 'layers', 'heads', 'ff', 'vocab_size')    # settings that a saved policy keeps
 
 def save_policy(path: Path, model, cfg: Config, tokenizer=None):
@@ -207,6 +207,7 @@ def save_policy(path: Path, model, cfg: Config, tokenizer=None):
 
 def load_policy(
     path: Path,
+    files: list = (),  # problem files or hub datasets to load instead of the run's own rows
     **overrides,       # settings that differ from the saved ones
 ) -> tuple:            # model, task, configuration
     "Model and task of a saved policy"
@@ -215,11 +216,12 @@ def load_policy(
     if not (path/'config.json').exists(): raise FileNotFoundError(f'{path}: no saved policy (config.json) in this folder')
     saved = json.loads((path/'config.json').read_text())
     saved['clip'] = tuple(saved['clip']) if saved['clip'] else None
-    cfg, tokenizer = Config(**saved | overrides), None
+    cfg, tokenizer = Config(**saved | {k: parse_value(k, v) for k, v in overrides.items()}), None
     if (path/'tokenizer').exists():
         from transformers import AutoTokenizer
         tokenizer = AutoTokenizer.from_pretrained(path/'tokenizer')
-    task, _ = build_task(cfg, tokenizer)
+    if cfg.task == 'chains' and files: raise ValueError(f'{path}: this policy reads generated chains, not problem files')
+    task, _ = build_task(cfg, tokenizer, rows=test_splits(cfg, files) if files else None)
     model = empty_model(path, cfg, task)
     load_model(model, str(path/'model.safetensors'))
     return model.eval(), task, cfg
@@ -231,10 +233,11 @@ def empty_model(path: Path, cfg: Config, task):
     from latent_grpo.model import HFLM
     return HFLM(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path/'architecture')))
 
-# %% ../nbs/15_train.ipynb #94c18b43
+# %% ../nbs/15_train.ipynb #c32d4994
 def supervised_start(model, task, cfg: Config, out: Path | None = None, bar: bool = True):
     "Explicit SFT and then Latent-SFT, as many steps of each as the configuration says"
-    for latent, steps in ((False, cfg.explicit_sft), (True, cfg.latent_sft if cfg.latent else 0)):
+    explicit = cfg.explicit_sft if cfg.explicit_first or not cfg.latent else 0
+    for latent, steps in ((False, explicit), (True, cfg.latent_sft if cfg.latent else 0)):
         if not steps: continue
         log = RunLog(Path(out)/f"sft-{'latent' if latent else 'explicit'}.jsonl") if out else None
         train_sft(model, task, latent, steps, cfg.sft_batch, cfg.sft_lr, noise_scale=cfg.label_noise,
