@@ -98,13 +98,13 @@ class Config:
     save_every: int = 0         # steps between checkpoints; 0: only at the end
     seed: int = 0
 
-# %% ../nbs/13_presets.ipynb #ab81d95c
+# %% ../nbs/13_presets.ipynb #599d4f07
 _TOY, _PAPER, _SCRIPT = 'ours, chosen for a 2-core CPU', 'paper, appendix', 'released scripts'
 
 PRESETS = {
     'toy': dict(
         task=('chains', _TOY), model=('tiny', _TOY), train_rows=(8000, _TOY), test_rows=(512, _TOY),
-        explicit_sft=(450, _TOY), latent_sft=(700, _TOY), explicit_first=(False, _TOY), sft_batch=(128, _TOY), sft_lr=(4e-3, _TOY),
+        explicit_sft=(700, _TOY), latent_sft=(1000, _TOY), explicit_first=(False, _TOY), sft_batch=(64, _TOY), sft_lr=(4e-3, _TOY),
         top_k=(4, 'ours: labels have two or three parts'), max_steps=(56, 'ours: an explicit chain needs up to 51'),
         temperature=(1.0, 'ours: no truncation in so small a vocabulary'), text_top_p=(1.0, _TOY), text_top_k=(0, _TOY),
         noise_scale=(0.5, 'ours; the paper has 1'), prompts=(96, _TOY), max_extra=(0, _TOY), minibatches=(2, _TOY),
