@@ -1,11 +1,10 @@
 """Small models, sampled batches and statistics that several test files share."""
-from dataclasses import replace
-
 import torch
 
-from latent_grpo.model import HFLM, TableLM, TinyLM
-from latent_grpo.presets import METHODS, make_config
-from latent_grpo.rollout import Rollout, generate
+from latent_grpo.model import HFLM, TinyLM
+from latent_grpo.presets import METHODS, make_config    # noqa: F401, METHODS is for the tests
+from latent_grpo.rollout import Rollout
+from latent_grpo.sft import train_sft
 from latent_grpo.tasks import Task, WordVocab
 
 EOS, THINK, END = 0, 1, 2     # of every tiny vocabulary here; ids from 3 on are ordinary words
@@ -24,7 +23,7 @@ def tiny(vocab=12, seed=0, sharp=6.0):
     return model
 
 
-def hf(kind, vocab=12, seed=0, sharp=40.0):
+def hf(kind, vocab=12, seed=0, sharp=20.0):
     """A random Llama or Qwen2 of transformers behind our protocol."""
     import transformers as tf
     config = dict(vocab_size=vocab, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
@@ -38,7 +37,9 @@ def hf(kind, vocab=12, seed=0, sharp=40.0):
     return HFLM(lm)
 
 
-MODELS = {"tiny": tiny, "Llama": lambda **k: hf("Llama", **k), "Qwen2": lambda **k: hf("Qwen2", **k)}
+# Seeds with which some rollouts end early.
+MODELS = {"tiny": tiny, "Llama": lambda seed=3: hf("Llama", seed=seed),
+          "Qwen2": lambda seed=0: hf("Qwen2", seed=seed)}
 
 
 def word_task(rows=64, answer=None):
@@ -49,7 +50,15 @@ def word_task(rows=64, answer=None):
     data = {"train": [make(i) for i in range(rows)],
             "validation": [make(i) for i in range(8)], "test": [make(i) for i in range(8)]}
     return Task("words", data, vocab.encode, vocab.decode, len(vocab), (END,), EOS,
-                lambda p: f"{p} <think>", rate=2)
+                lambda p: f"{p} <think>", grade=lambda text, gold, row: gold in text.split(),
+                rate=2)
+
+
+def started(task, latent=True, steps=25):
+    """A TinyLM that has seen a little supervised training: it ends sometimes, right sometimes."""
+    model = TinyLM(task.vocab_size, width=16, layers=2, heads=2, ff=24)
+    train_sft(model, task, latent, steps, 16, 1e-2, bar=False)
+    return model
 
 
 def config(method="vanilla", **settings):
