@@ -98,7 +98,7 @@ class Config:
     save_every: int = 0         # steps between checkpoints; 0: only at the end
     seed: int = 0
 
-# %% ../nbs/13_presets.ipynb #5457a743
+# %% ../nbs/13_presets.ipynb #d298bd44
 _TOY, _PAPER, _SCRIPT = 'ours, chosen for a 2-core CPU', 'paper, appendix', 'released scripts'
 
 PRESETS = {
@@ -118,7 +118,7 @@ PRESETS = {
         task=('problems', 'ours'), model=('scratch', 'ours'),
         drop=('in_aug_valid', 'rows of the validation file'),
         width=(256, 'ours'), layers=(4, 'ours'), ff=(704, 'ours'), vocab_size=(4000, 'ours'),
-        rate=(2, 'paper: r = 2'), max_prompt=(256, 'ours: holds every GSM8K problem'),
+        rate=(2, 'paper: r = 2'), max_prompt=(384, 'ours: holds every GSM8K problem'),
         max_steps=(96, 'ours'), test_rows=(0, 'ours: all'),
         explicit_sft=(1500, 'ours'), latent_sft=(1500, 'ours'),
         sft_batch=(32, 'ours'), sft_lr=(1e-3, 'ours'),
@@ -127,7 +127,7 @@ PRESETS = {
         lr=(1e-5, 'ours'), steps=(10, 'ours'), top_k=(6, 'ours'),
         temperature=(1.0, 'ours'), text_top_p=(1.0, 'ours'), text_top_k=(0, 'ours')),
     'paper-low': dict(
-        task=('problems', _PAPER),     # GSM8K-Aug, 301,852 rows: name your copy with --data
+        task=('problems', _PAPER),  # GSM8K-Aug, 301,852 rows: name your copy with --data
         model=('DJCheng/LLaMA3.2-1B-Instruct-Latent-SFT-Top10', 'released weights'),
         dtype=('bfloat16', _PAPER), prompt_style=('low', _PAPER),
         answer_format=('\\boxed{{{}}}', _PAPER), max_prompt=(192, _PAPER), rate=(2, 'paper: r = 2'),
@@ -140,7 +140,7 @@ PRESETS = {
         kl_coef=(0.0, _PAPER), steps=(47000, 'paper: 10 epochs'), micro_groups=(2, 'ours'),
         save_every=(100, 'ours'), eval_every=(100, 'ours')),
     'paper-high': dict(
-        task=('problems', _PAPER),     # DAPO-Math-17k, English, 14,116 rows: name your copy with --data
+        task=('problems', _PAPER),  # English DAPO-Math-17k, 14,116 rows: name your copy with --data
         model=('DJCheng/Qwen2.5-Math-7B-Latent-SFT-4k-Top10', 'released weights'),
         dtype=('bfloat16', _PAPER), prompt_style=('high', _PAPER),
         answer_format=('\\boxed{{{}}}', _PAPER), max_prompt=(1024, _PAPER),
