@@ -98,7 +98,7 @@ class Config:
     save_every: int = 0         # steps between checkpoints; 0: only at the end
     seed: int = 0
 
-# %% ../nbs/13_presets.ipynb #d298bd44
+# %% ../nbs/13_presets.ipynb #1f1ac7c6
 _TOY, _PAPER, _SCRIPT = 'ours, chosen for a 2-core CPU', 'paper, appendix', 'released scripts'
 
 PRESETS = {
@@ -117,10 +117,10 @@ PRESETS = {
     'gsm8k-tiny': dict(
         task=('problems', 'ours'), model=('scratch', 'ours'),
         drop=('in_aug_valid', 'rows of the validation file'),
-        width=(256, 'ours'), layers=(4, 'ours'), ff=(704, 'ours'), vocab_size=(4000, 'ours'),
+        width=(128, 'ours'), layers=(3, 'ours'), ff=(352, 'ours'), vocab_size=(2000, 'ours'),
         rate=(2, 'paper: r = 2'), max_prompt=(384, 'ours: holds every GSM8K problem'),
         max_steps=(96, 'ours'), test_rows=(0, 'ours: all'),
-        explicit_sft=(1500, 'ours'), latent_sft=(1500, 'ours'),
+        explicit_sft=(800, 'ours'), latent_sft=(800, 'ours'),
         sft_batch=(32, 'ours'), sft_lr=(1e-3, 'ours'),
         noise_scale=(0.5, 'ours'), prompts=(24, 'ours'), groups=(8, 'ours'),
         max_extra=(1, 'ours'), minibatches=(1, 'ours'),
