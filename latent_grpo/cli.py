@@ -153,7 +153,7 @@ def _presets(args):
             value, source = PRESETS[name].get(f.name, (f.default, 'default'))
             if f.name in PRESETS[name] or args.name: print(f'  {f.name:18}{value!r:34}{source}')
 
-# %% ../nbs/18_cli.ipynb #d2773d6c
+# %% ../nbs/18_cli.ipynb #545cac76
 def main(argv: list | None = None) -> int:    # exit status: 0, or 2 after a clear message
     "Entry point of `latent-grpo`"
     args = parser().parse_args(argv)
@@ -168,4 +168,7 @@ def main(argv: list | None = None) -> int:    # exit status: 0, or 2 after a cle
         return 130
     return 0
 
-if __name__ == '__main__': sys.exit(main())
+# %% ../nbs/18_cli.ipynb #868dbe9e
+#| eval: false
+# `python -m latent_grpo.cli` has a __spec__; a notebook, which is __main__ too, has none
+if __name__ == '__main__' and globals().get('__spec__'): sys.exit(main())

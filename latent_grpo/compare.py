@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NAMES', 'COLUMNS', 'run_seeds', 'table_rows', 'table_text', 'provenance', 'compare', 'draw']
 
-# %% ../nbs/17_compare.ipynb #dba6c9da
+# %% ../nbs/17_compare.ipynb #8744013f
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 import json, multiprocessing, os, platform, subprocess, sys, time
@@ -13,8 +13,8 @@ import torch
 from tqdm.auto import tqdm
 from .evaluate import seed_interval
 from .plots import plot_comparison, save_figure
-from .presets import Config, build_model, build_task, make_config
-from .train import run, save_policy, score_policy, supervised_start
+from .presets import Config, make_config
+from .train import load_policy, prepare, run, score_policy
 
 # %% ../nbs/17_compare.ipynb #191ddad1
 NAMES = {'explicit-start': 'explicit SFT', 'latent-start': 'initialisation',
@@ -22,25 +22,32 @@ NAMES = {'explicit-start': 'explicit SFT', 'latent-start': 'initialisation',
          'paper': 'Latent-GRPO (paper)', 'released': 'Latent-GRPO (released)',
          'exact': 'exact score (ours)', 'centred': 'centred score (ours)'}
 
-# %% ../nbs/17_compare.ipynb #34c04d61
+# %% ../nbs/17_compare.ipynb #924a2bac
+def _finished(out: Path, cfg: Config, policy: str):
+    "Scores of a run that is already there, or None; other settings in the same folder are an error"
+    if not (out/'scores.json').exists(): return None
+    saved, wanted = (json.loads(x) for x in ((out/policy/'config.json').read_text(),
+                                             json.dumps(vars(cfg))))
+    differ = [k for k in wanted if saved.get(k) != wanted[k]]
+    if not differ: return json.loads((out/'scores.json').read_text())
+    k = differ[0]
+    raise ValueError(f'{out}: holds a run with {k}={saved.get(k)!r}, not {wanted[k]!r}; '
+                     'name another --out')
+
 def _start(cfg: Config, out: Path):
     "Supervised start of one kind and its scores; kept when it is already there"
-    if not (out/'scores.json').exists():
-        begun = time.time()
-        task, tokenizer = build_task(cfg)
-        model = build_model(cfg, task)
-        supervised_start(model, task, cfg, out, bar=False)
-        save_policy(out/'init', model, cfg, tokenizer)
-        scores = score_policy(model.eval(), task, cfg, reference=model)
-        out.mkdir(parents=True, exist_ok=True)
-        scores['minutes'] = dict(training=(time.time() - begun) / 60)
-        (out/'scores.json').write_text(json.dumps(scores))
-    return json.loads((out/'scores.json').read_text())
+    if scores := _finished(out, cfg, 'init'): return scores
+    begun = time.time()
+    prepare(cfg, out, bar=False)
+    minutes = dict(training=(time.time() - begun) / 60)
+    model, task, _ = load_policy(out/'init')
+    scores = score_policy(model, task, cfg, reference=model) | dict(minutes=minutes)
+    (out/'scores.json').write_text(json.dumps(scores))
+    return scores
 
 def _method(cfg: Config, out: Path, init: Path):
     "One method from a given start; kept when it is already there"
-    if (out/'scores.json').exists(): return json.loads((out/'scores.json').read_text())
-    return run(cfg, out, init, resume=True, bar=False)
+    return _finished(out, cfg, 'policy') or run(cfg, out, init, resume=True, bar=False)
 
 def _one_thread(): torch.set_num_threads(1)
 
@@ -115,12 +122,13 @@ def table_rows(
         rows.append(dict(method=name, seeds=len(runs), **row))
     return rows
 
-# %% ../nbs/17_compare.ipynb #bbec9583
+# %% ../nbs/17_compare.ipynb #ea2217fd
 def table_text(rows: list) -> str:
     "The comparison as a Markdown table"
     def cell(column, value):
         mean, low, high = value
-        if column in ('pass1', 'sampled'): return f'{100 * mean:.1f} ± {100 * (high - low) / 2:.1f}'
+        half = (high - low) / 2
+        if column in ('pass1', 'sampled'): return f'{100 * mean:.1f} ± {100 * half:.1f}'
         if column == 'invalid': return f'{100 * mean:.1f} %'
         return f'{mean:.3f}' if column == 'kl' else f'{mean:.1f}'
     lines = ['| method | ' + ' | '.join(COLUMNS.values()) + ' |', '|---|' + '---:|' * len(COLUMNS)]

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['ARCHITECTURE', 'training_row', 'draw_groups', 'valid_of', 'step_advantages', 'policy_loss', 'split', 'update',
            'make_optimizer', 'train_step', 'train_rl', 'validation', 'save_policy', 'load_policy', 'empty_model',
-           'supervised_start', 'score_policy', 'run']
+           'supervised_start', 'score_policy', 'prepare', 'run']
 
-# %% ../nbs/15_train.ipynb #b80d449a
+# %% ../nbs/15_train.ipynb #973bd3b8
 from functools import lru_cache
 from pathlib import Path
 import copy, json, math, time
@@ -22,7 +22,7 @@ from .presets import parse_value, sampling_of, test_splits
 from .rollout import Rollout, generate, join, replay_logps, select_groups
 from .runs import RunLog, interruptible, load_checkpoint, save_checkpoint, write_folder
 from .sampling import Sampling
-from .selection import first_step_mask
+from .selection import beginning_logps, first_step_mask
 from .sft import train_sft
 
 # %% ../nbs/15_train.ipynb #8213ad11
@@ -80,7 +80,7 @@ def _summary(drawn):
                 equal_groups=value('equal'), latent_length=value('latent_length'),
                 text_length=value('text_length'), support=value('support'), draws=len(drawn))
 
-# %% ../nbs/15_train.ipynb #87a5bc75
+# %% ../nbs/15_train.ipynb #fc3d2ed0
 def step_advantages(
     r: Rollout,
     rewards: Tensor,   # [B, G]
@@ -91,7 +91,8 @@ def step_advantages(
     A = masked_advantages(rewards, valid_of(r, cfg), cfg.masking)
     steps = A.flatten()[:, None] * r.action_mask
     if cfg.latent:
-        speaks = first_step_mask(A, rewards == 1, r.logps[:, 0].view_as(A), cfg.selection)
+        liking = beginning_logps(r.logps, r.action_mask, cfg.selection).view_as(A)
+        speaks = first_step_mask(A, rewards == 1, liking, cfg.selection)
         steps[:, 0] = steps[:, 0] * speaks.flatten()
     return steps
 
@@ -194,7 +195,7 @@ def _show(progress, row):
     progress.set_postfix(reward=f"{row['reward']:.2f}", length=f'{length:.1f}',
                          invalid=f"{row['invalid']:.2f}")
 
-# %% ../nbs/15_train.ipynb #c8ebf387
+# %% ../nbs/15_train.ipynb #81e38274
 def train_rl(
     model,                     # trained in place
     task, cfg: Config,
@@ -203,6 +204,7 @@ def train_rl(
     bar: bool = True,
 ) -> list:                     # one dict of metrics per step
     "Group relative policy optimisation of one configuration"
+    for row in task.rows['train']: task.prompt(row)     # an over-long prompt is refused now
     reference = copy.deepcopy(model).requires_grad_(False) if cfg.kl_coef else None
     opt, state = make_optimizer(model, cfg), dict(step=0, position=0)
     if resume and out: state = load_checkpoint(out, model, opt) or state
@@ -289,15 +291,16 @@ def supervised_start(model, task, cfg: Config, out: Path | None = None, bar: boo
                   noise_scale=cfg.label_noise, noise_share=cfg.label_noise_share,
                   log=log and (lambda row: log(**row)))
 
-# %% ../nbs/15_train.ipynb #2ba9ce0f
+# %% ../nbs/15_train.ipynb #31a2b1c8
 def score_policy(
     model, task, cfg: Config,
-    splits=None,          # names; default: every split but train and validation
+    splits=None,          # names; default: the test splits, or validation if there are none
     reference=None,
 ) -> dict:                # split -> {'noise_free': ..., 'sampled': ...}
     "Pass@1 without noise and sampled as in training, with intervals, on each split"
     out = {}
-    for split in splits or [s for s in task.rows if s not in ('train', 'validation')]:
+    tests = [s for s in task.rows if s not in ('train', 'validation')]
+    for split in splits or tests or ['validation']:
         if split not in task.rows:
             raise ValueError(f'split {split!r}: this task has {list(task.rows)}')
         for name, noise_free in (('noise_free', True), ('sampled', False)):
@@ -308,27 +311,32 @@ def score_policy(
             out.setdefault(split, {})[name] = {k: v for k, v in score.items() if k != 'correct'}
     return out
 
-# %% ../nbs/15_train.ipynb #18e938e8
+# %% ../nbs/15_train.ipynb #63254d0d
+def prepare(cfg: Config, out: Path, bar: bool = True):
+    "Supervised start of a configuration, saved as out/init"
+    task, tokenizer = build_task(cfg)
+    model = build_model(cfg, task)
+    supervised_start(model, task, cfg, out, bar)
+    save_policy(out/'init', model, cfg, tokenizer)
+
 def run(
     cfg: Config,
     out: Path,                  # folder of the run
     init: Path | None = None,   # saved policy to start from; default: the supervised start of `cfg`
-    resume: bool = False,
+    resume: bool = False,       # go on with the run in `out`
     bar: bool = True,
 ) -> dict:                      # scores per split; also in out/scores.json
     "Supervised start, reinforcement learning and evaluation of one configuration"
     out, start = Path(out), time.time()
+    if not resume and any((out/name).exists() for name in ('init', 'log.jsonl', 'policy')):
+        raise ValueError(f'out={out}: holds a run already; go on with --resume, or name another')
+    if init is None and not (out/'init').exists(): prepare(cfg, out, bar)
     init = Path(init) if init else out/'init'
-    if not (init/'config.json').exists():
-        if init != out/'init': raise FileNotFoundError(f'{init}: no saved policy to start from')
-        task, tokenizer = build_task(cfg)
-        model = build_model(cfg, task)
-        supervised_start(model, task, cfg, out, bar)
-        save_policy(init, model, cfg, tokenizer)
     settings = {k: v for k, v in vars(cfg).items() if k not in ARCHITECTURE}
     model, task, _ = load_policy(init, **settings)
     reference, prepared = copy.deepcopy(model), time.time()
-    train_rl(model, task, cfg, out, resume, bar)
+    steps = train_rl(model, task, cfg, out, resume, bar)
+    if steps and steps[-1]['step'] < cfg.steps: raise KeyboardInterrupt
     trained = time.time()
     save_policy(out/'policy', model, cfg, _tokenizer(init))
     scores = score_policy(model, task, cfg, reference=reference)

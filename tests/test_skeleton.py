@@ -15,6 +15,7 @@ NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
 # Which of our modules each one imports, lazily or not. A new edge is added here on purpose.
 ALLOWED = {
     "tasks": set(),
+    "grading": set(),
     "model": set(),
     "latent": set(),
     "sampling": set(),
@@ -24,6 +25,14 @@ ALLOWED = {
     "masking": {"grpo"},
     "noise": {"sampling"},
     "selection": set(),
+    "evaluate": {"latent", "rollout", "sampling"},
+    "presets": {"grading", "model", "noise", "sampling", "tasks"},
+    "runs": set(),
+    "train": {"evaluate", "grpo", "masking", "model", "presets", "rollout", "runs", "sampling",
+              "selection", "sft"},
+    "plots": set(),
+    "compare": {"evaluate", "plots", "presets", "train"},
+    "cli": {"compare", "presets", "train"},
 }
 
 PROBE = """
