@@ -7,7 +7,7 @@ __all__ = ['ARCHITECTURE', 'training_row', 'draw_groups', 'valid_of', 'step_adva
            'make_optimizer', 'train_step', 'train_rl', 'validation', 'save_policy', 'load_policy', 'empty_model',
            'supervised_start', 'score_policy', 'prepare', 'run']
 
-# %% ../nbs/15_train.ipynb #973bd3b8
+# %% ../nbs/15_train.ipynb #1f4cb5cc
 from functools import lru_cache
 from pathlib import Path
 import copy, json, math, time
@@ -20,7 +20,8 @@ from .masking import masked_advantages, valid_rollouts
 from .presets import Config, build_model, build_task
 from .presets import parse_value, sampling_of, test_splits
 from .rollout import Rollout, generate, join, replay_logps, select_groups
-from .runs import RunLog, interruptible, load_checkpoint, save_checkpoint, write_folder
+from .runs import (RunLog, interruptible, load_checkpoint, provenance,
+                              save_checkpoint, write_folder)
 from .sampling import Sampling
 from .selection import beginning_logps, first_step_mask
 from .sft import train_sft
@@ -311,7 +312,7 @@ def score_policy(
             out.setdefault(split, {})[name] = {k: v for k, v in score.items() if k != 'correct'}
     return out
 
-# %% ../nbs/15_train.ipynb #63254d0d
+# %% ../nbs/15_train.ipynb #b249b3bb
 def prepare(cfg: Config, out: Path, bar: bool = True):
     "Supervised start of a configuration, saved as out/init"
     task, tokenizer = build_task(cfg)
@@ -342,6 +343,8 @@ def run(
     scores = score_policy(model, task, cfg, reference=reference)
     scores['minutes'] = dict(start=(prepared - start) / 60, training=(trained - prepared) / 60,
                              evaluation=(time.time() - trained) / 60)
+    note = provenance([cfg.seed]) | dict(config=vars(cfg))
+    (out/'run.json').write_text(json.dumps(note, indent=1))
     (out/'scores.json').write_text(json.dumps(scores, indent=1))
     return scores
 

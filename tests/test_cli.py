@@ -87,7 +87,7 @@ def settings(values): return [f"--set={k}={v}" for k, v in values.items()]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["explicit", "released", "centred"])
 def test_train_and_eval_on_the_toy_task(method, tmp_path):
     said = shell("train", "--method", method, "--quiet", "--out", tmp_path, *settings(TOY))
     assert scores(said) == {("test", "noise_free"): 12, ("test", "sampled"): 12}

@@ -31,7 +31,7 @@ ALLOWED = {
     "train": {"evaluate", "grpo", "masking", "model", "presets", "rollout", "runs", "sampling",
               "selection", "sft"},
     "plots": set(),
-    "compare": {"evaluate", "plots", "presets", "train"},
+    "compare": {"evaluate", "plots", "presets", "runs", "train"},
     "cli": {"compare", "presets", "train"},
 }
 
