@@ -52,7 +52,7 @@ def _method(cfg: Config, out: Path, init: Path):
 
 def _one_thread(): torch.set_num_threads(1)
 
-# %% ../nbs/17_compare.ipynb #a2b3fc69
+# %% ../nbs/17_compare.ipynb #d2057a9b
 def run_seeds(
     preset: str,
     methods: list,        # keys of `NAMES` without the starts
@@ -66,6 +66,7 @@ def run_seeds(
     config = lambda method, seed: make_config(preset, method, seed=seed, **overrides)
     kind = lambda method: 'explicit-start' if method == 'explicit' else 'latent-start'
     folder = lambda seed, name: Path(out)/f'seed{seed}'/name
+    for m in methods: config(m, 0)       # a misspelt method is refused before anything runs
     starts = [(seed, k) for seed in seeds for k in dict.fromkeys(map(kind, methods))]
     progress = tqdm(total=len(starts) + len(seeds) * len(methods), disable=not bar, desc='runs')
     results, context = [], multiprocessing.get_context('spawn')

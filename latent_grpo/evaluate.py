@@ -145,7 +145,7 @@ def rollout_metrics(
                 text_length=r.text_lengths.float().mean().item(),
                 support=support.mean().item() if len(support) else 1.0)
 
-# %% ../nbs/12_evaluate.ipynb #5c126192
+# %% ../nbs/12_evaluate.ipynb #fb53198d
 @torch.no_grad()
 def evaluate(
     model, task,
@@ -160,6 +160,7 @@ def evaluate(
 ) -> dict:                     # see the table above; `correct` is [problems, samples]
     "Pass@1 with its interval, lengths, invalid rate, support and KL of a policy on some problems"
     if not rows: raise ValueError('evaluate: no rows')
+    for row in rows: task.check(row)
     parts, kls = [], []
     for start in range(0, len(rows), batch):
         some = rows[start:start + batch]

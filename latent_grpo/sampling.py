@@ -204,14 +204,14 @@ def surrogate_logp(
     value = (-margins - torch.exp(-margins)).mean(-1).detach()
     return value + (factor * (logps - logps.detach())).mean(-1)
 
-# %% ../nbs/05_sampling.ipynb #f027b48b
+# %% ../nbs/05_sampling.ipynb #d61223db
 def exact_logp(
     logps: Tensor,      # [N, C] log p_theta of all candidates
     scores: Tensor,     # [N, C] perturbed log-probabilities; -inf where there was no candidate
     noise_scale,        # sigma > 0: a float, or a tensor [N]
 ) -> Tensor:            # [N]
     "Log-density of the whole vector of perturbed log-probabilities (ours)"
-    scale, used = _column(noise_scale), scores.isfinite()
+    scale, used = _column(noise_scale), scores != -torch.inf
     d = (scores.masked_fill(~used, 0) - logps.masked_fill(~used, 0)) / scale
     log_scale = torch.as_tensor(scale, dtype=d.dtype, device=d.device).log()
     return (-d - torch.exp(-d) - log_scale).masked_fill(~used, 0).sum(-1)

@@ -106,7 +106,7 @@ def chain_rows(
             seen.add(row['problem'])
     raise ValueError(f'sizes={sizes}: not enough distinct problems modulo {modulus}; ask for fewer')
 
-# %% ../nbs/01_tasks.ipynb #b210e973
+# %% ../nbs/01_tasks.ipynb #102d10a7
 FIELDS = ('problem', 'answer')
 
 def check_row(
@@ -123,6 +123,11 @@ def check_row(
     return dict(row, problem=str(row['problem']), answer=str(row['answer']),
                 cot=row.get('cot') or None, id=str(row.get('id', where)))
 
+def _parse(line, where):
+    try: return json.loads(line)
+    except json.JSONDecodeError as e:
+        raise ValueError(f'{where}: not valid JSON ({e.msg})') from None
+
 def load_rows(
     path: str | Path,    # .jsonl or .jsonl.gz
     drop: str = '',      # leave out rows in which this field is true (e.g. 'in_aug_valid')
@@ -130,16 +135,17 @@ def load_rows(
 ) -> list:               # rows with problem, answer, cot (may be None), id
     "Rows of a problem file; bad input is a `ValueError` with the line number"
     path, rows = Path(path), []
-    if not path.exists(): raise FileNotFoundError(f'no such problem file: {path}')
-    with (gzip.open if path.suffix == '.gz' else open)(path, 'rt', encoding='utf-8') as f:
-        for n, line in enumerate(f, 1):
-            if not line.strip(): continue
-            try: row = json.loads(line)
-            except json.JSONDecodeError as e:
-                raise ValueError(f'{path.name} line {n}: not valid JSON ({e.msg})') from None
-            row = check_row(row, f'{path.name} line {n}')
-            if not (drop and row.get(drop)): rows.append(row)
-            if limit and len(rows) == limit: break
+    if not path.is_file(): raise FileNotFoundError(f'{path}: no such problem file')
+    try:
+        with (gzip.open if path.suffix == '.gz' else open)(path, 'rt', encoding='utf-8') as f:
+            for n, line in enumerate(f, 1):
+                if not line.strip(): continue
+                row = check_row(_parse(line, f'{path.name} line {n}'), f'{path.name} line {n}')
+                if not (drop and row.get(drop)): rows.append(row)
+                if limit and len(rows) == limit: break
+    except (UnicodeDecodeError, EOFError, OSError) as e:
+        kind = 'a whole gzip file of' if path.suffix == '.gz' else 'a text file in'
+        raise ValueError(f'{path.name}: not {kind} UTF-8 ({e})') from None
     if not rows: raise ValueError(f'{path.name}: no rows; expected one JSON object a line')
     return rows
 
@@ -185,7 +191,7 @@ def compress(
         if content: labels.append((content, label_weights(len(content))))
     return labels
 
-# %% ../nbs/01_tasks.ipynb #67260064
+# %% ../nbs/01_tasks.ipynb #1c29e3f5
 def exact_match(
     text: str,     # what the model answered
     answer: str,   # the row's answer
@@ -206,6 +212,7 @@ class Task:
     eos_id: int                      # end of the text
     prompt_text: Callable            # problem -> prompt, up to and including `<think>`
     grade: Callable = exact_match    # (answer text, gold, row id) -> bool
+    check_gold: Callable | None = None   # (gold, row id): raises ValueError when nobody can read it
     extract: Callable = str.strip    # answer text -> the answer itself, or None when there is none
     answer_format: str = '{}'        # how a response states its answer, e.g. '\\boxed{{{}}}'
     max_prompt: int = 192            # tokens
@@ -218,6 +225,11 @@ class Task:
         if len(ids) <= self.max_prompt: return ids
         raise ValueError(f"row {row['id']}: prompt has {len(ids)} tokens, "
                          f'max_prompt is {self.max_prompt}; raise max_prompt or drop the row')
+
+    def check(self, row: dict):
+        "Refuse a row that training could not use: an over-long prompt, an unreadable answer"
+        self.prompt(row)
+        if self.check_gold: self.check_gold(row['answer'], row['id'])
 
     def _tail(self, row):
         answer = self.encode(self.answer_format.format(row['answer']))

@@ -118,7 +118,7 @@ def policy_loss(
         terms = terms + cfg.kl_coef * penalty
     return (terms * weights).sum(), metrics
 
-# %% ../nbs/15_train.ipynb #6ef297fd
+# %% ../nbs/15_train.ipynb #3bcddc2b
 def split(r: Rollout, pieces: int) -> list:    # tensors of group indices
     "Groups of a batch in `pieces` nearly equal parts"
     groups = torch.arange(len(r.prompt_ids), device=r.kind.device)
@@ -129,17 +129,18 @@ def _rows(groups, G):
     return (groups[:, None] * G + torch.arange(G, device=groups.device)).flatten()
 
 def _backward(model, r, advantages, weights, cfg, sampling, reference):
-    "Gradient of one minibatch, `micro_groups` groups at a time; metrics of each part"
+    "Gradient of one minibatch, `micro_groups` groups at a time; metrics of the whole"
     total, logs = len(r.prompt_ids), []
     for part in split(r, math.ceil(total / (cfg.micro_groups or total))):
-        rows = _rows(part, r.group_size)
-        loss, metrics = policy_loss(model, select_groups(r, part), advantages[rows], weights[rows],
+        some, rows = select_groups(r, part), _rows(part, r.group_size)
+        loss, metrics = policy_loss(model, some, advantages[rows], weights[rows],
                                     cfg, sampling, reference)
         loss.backward()
-        logs.append(metrics | dict(loss=loss.item()))
-    return logs
+        share = (some.action_mask.sum() / r.action_mask.sum()).item()
+        logs.append(metrics | dict(loss=loss.item(), clipped=share * metrics['clipped']))
+    return {k: (max if k == 'ratio_gap' else sum)(m[k] for m in logs) for k in logs[0]}
 
-# %% ../nbs/15_train.ipynb #dfdadd6e
+# %% ../nbs/15_train.ipynb #9cc2c07f
 def update(
     model, opt, r: Rollout, rewards: Tensor, cfg: Config, sampling: Sampling, reference=None,
 ) -> dict:                         # metrics
@@ -150,14 +151,14 @@ def update(
         batch, rows = select_groups(r, groups), _rows(groups, r.group_size)
         weights = step_weights(batch.action_mask, cfg.aggregation)
         opt.zero_grad()
-        logs += _backward(model, batch, A[rows], weights, cfg, sampling, reference)
+        logs.append(_backward(model, batch, A[rows], weights, cfg, sampling, reference))
         norm = torch.nn.utils.clip_grad_norm_(params, cfg.grad_clip)
         finite = bool(norm.isfinite())
         logs[-1] |= dict(grad_norm=norm.item(), skipped=float(not finite))
         if finite: opt.step()
-    values = {k: [m[k] for m in logs if k in m] for k in dict.fromkeys(k for m in logs for k in m)}
-    means = {k: sum(v) / len(v) for k, v in values.items()}
-    return means | dict(first_ratio_gap=logs[0]['ratio_gap'], skipped=sum(values['skipped']))
+    means = {k: sum(m[k] for m in logs) / len(logs) for k in logs[0]}
+    return means | dict(first_ratio_gap=logs[0]['ratio_gap'],
+                        skipped=sum(m['skipped'] for m in logs))
 
 # %% ../nbs/15_train.ipynb #b9de7b60
 def make_optimizer(model, cfg: Config):
@@ -196,7 +197,7 @@ def _show(progress, row):
     progress.set_postfix(reward=f"{row['reward']:.2f}", length=f'{length:.1f}',
                          invalid=f"{row['invalid']:.2f}")
 
-# %% ../nbs/15_train.ipynb #81e38274
+# %% ../nbs/15_train.ipynb #bdeb8224
 def train_rl(
     model,                     # trained in place
     task, cfg: Config,
@@ -205,7 +206,7 @@ def train_rl(
     bar: bool = True,
 ) -> list:                     # one dict of metrics per step
     "Group relative policy optimisation of one configuration"
-    for row in task.rows['train']: task.prompt(row)     # an over-long prompt is refused now
+    for row in task.rows['train']: task.check(row)      # a bad row is refused now, not hours later
     reference = copy.deepcopy(model).requires_grad_(False) if cfg.kl_coef else None
     opt, state = make_optimizer(model, cfg), dict(step=0, position=0)
     if resume and out: state = load_checkpoint(out, model, opt) or state
@@ -312,7 +313,7 @@ def score_policy(
             out.setdefault(split, {})[name] = {k: v for k, v in score.items() if k != 'correct'}
     return out
 
-# %% ../nbs/15_train.ipynb #b249b3bb
+# %% ../nbs/15_train.ipynb #8fe8437c
 def prepare(cfg: Config, out: Path, bar: bool = True):
     "Supervised start of a configuration, saved as out/init"
     task, tokenizer = build_task(cfg)
@@ -334,7 +335,7 @@ def run(
     if init is None and not (out/'init').exists(): prepare(cfg, out, bar)
     init = Path(init) if init else out/'init'
     settings = {k: v for k, v in vars(cfg).items() if k not in ARCHITECTURE}
-    model, task, _ = load_policy(init, **settings)
+    model, task, cfg = load_policy(init, **settings)
     reference, prepared = copy.deepcopy(model), time.time()
     steps = train_rl(model, task, cfg, out, resume, bar)
     if steps and steps[-1]['step'] < cfg.steps: raise KeyboardInterrupt
