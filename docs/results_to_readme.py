@@ -1,6 +1,6 @@
-"""Write the measured table into README.md and redraw its figure: `python docs/results_to_readme.py`.
+"""Write the measured tables into README.md and redraw the figure: `python docs/results_to_readme.py`.
 
-Both come from docs/results/toy.json, which `latent-grpo compare` wrote.
+They come from the files in docs/results that `latent-grpo compare` and `latent-grpo train` wrote.
 """
 import json
 from pathlib import Path
@@ -9,26 +9,52 @@ from latent_grpo.compare import draw, table_rows, table_text
 from latent_grpo.plots import save_figure
 
 ROOT = Path(__file__).parent.parent
-START, END = "<!-- measured: start -->\n", "<!-- measured: end -->"
+RESULTS = ROOT / "docs/results"
 
 
-def measured(record):
-    """The table and the line that says how it was made."""
+def made_by(record):
+    """Command, commit, hardware and date of a record."""
+    return (f"`{record['command']}`, commit `{record['commit']}`, {record['hardware']}, "
+            f"{record['date']}.")
+
+
+def toy(record):
+    """The comparison, and the line that says how it was made."""
     seeds = record["seeds"]
-    made = (f"Mean over seeds {seeds[0]}-{seeds[-1]} ± half a 95 % t interval; {record['split']} split, "
-            f"512 problems. `{record['command']}`, commit `{record['commit']}`, "
-            f"{record['hardware']}, {record['date']}.")
-    return f"{table_text(table_rows(record['results']))}\n\n{made}\n"
+    how = (f"Mean over seeds {seeds[0]}-{seeds[-1]} ± half a 95 % t interval; Pass@1 in %, lengths in "
+           "steps, KL to the method's own start in nats per step, minutes of training on one "
+           f"thread. {made_by(record)}")
+    return f"{table_text(table_rows(record['results']))}\n\n{how}\n"
 
 
-def with_table(readme, record):
-    """README text with the measured part replaced."""
-    head, rest = readme.split(START)
-    return head + START + measured(record) + END + rest.split(END)[1]
+def gsm8k(record):
+    """Pass@1 of one saved policy on each test file."""
+    lines = ["| test file | problems | Pass@1 noise-free | sampled | latent | text | unparsed |",
+             "|---|---:|---:|---:|---:|---:|---:|"]
+    for split, modes in record["scores"].items():
+        free, drawn = modes["noise_free"], modes["sampled"]
+        cells = [split, free["problems"], *(
+            f"{100 * s['pass1']:.1f} [{100 * s['low']:.1f}, {100 * s['high']:.1f}]"
+            for s in (free, drawn)), f"{free['latent_length']:.1f}", f"{free['text_length']:.1f}",
+            f"{100 * free['unparsed']:.1f} %"]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    how = (f"One seed; 95 % intervals over problems; sampled: {drawn['samples']} samples a problem. "
+           f"{made_by(record)}")
+    return "\n".join(lines) + f"\n\n{how}\n"
+
+
+def with_tables(readme):
+    """README text with the measured parts replaced."""
+    for name, table in (("toy", toy), ("gsm8k", gsm8k)):
+        record = json.loads((RESULTS / f"{name}.json").read_text("utf-8"))
+        start, end = f"<!-- {name}: start -->\n", f"<!-- {name}: end -->"
+        head, rest = readme.split(start)
+        readme = head + start + table(record) + end + rest.split(end)[1]
+    return readme
 
 
 if __name__ == "__main__":
-    record = json.loads((ROOT / "docs/results/toy.json").read_text("utf-8"))
-    readme = ROOT / "README.md"
-    readme.write_text(with_table(readme.read_text("utf-8"), record), "utf-8")
+    path = ROOT / "README.md"
+    path.write_text(with_tables(path.read_text("utf-8")), "utf-8")
+    record = json.loads((RESULTS / "toy.json").read_text("utf-8"))
     save_figure(draw(table_rows(record["results"])), ROOT / "docs/images/toy")

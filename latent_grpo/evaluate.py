@@ -145,7 +145,7 @@ def rollout_metrics(
                 text_length=r.text_lengths.float().mean().item(),
                 support=support.mean().item() if len(support) else 1.0)
 
-# %% ../nbs/12_evaluate.ipynb #fb53198d
+# %% ../nbs/12_evaluate.ipynb #469a3910
 @torch.no_grad()
 def evaluate(
     model, task,
@@ -154,7 +154,7 @@ def evaluate(
     thinking: bool = True,     # False: explicit chains
     samples: int = 1,          # per problem
     max_steps: int = 64,
-    batch: int = 256,          # problems at a time
+    batch: int = 256,          # rollouts at a time
     reference=None,            # initial model, for the KL
     seed: int = 1_000_003,     # of the evaluation noise
 ) -> dict:                     # see the table above; `correct` is [problems, samples]
@@ -162,8 +162,9 @@ def evaluate(
     if not rows: raise ValueError('evaluate: no rows')
     for row in rows: task.check(row)
     parts, kls = [], []
-    for start in range(0, len(rows), batch):
-        some = rows[start:start + batch]
+    size = max(1, batch // samples)
+    for start in range(0, len(rows), size):
+        some = rows[start:start + size]
         numbers = torch.arange(start * samples, (start + len(some)) * samples)
         r = generate(model, [task.prompt(x) for x in some], sampling, task.end_latent_ids,
                      task.eos_id, samples, max_steps, thinking, seed, numbers)

@@ -199,7 +199,7 @@ def parse_value(
         raise ValueError(f'{name}={text!r}: expected {kind.__name__}, like {default!r}')
     return float(value) if kind is float else value
 
-# %% ../nbs/13_presets.ipynb #3fc5eb1d
+# %% ../nbs/13_presets.ipynb #5129dbe3
 def make_config(
     preset: str = 'toy',
     method: str = 'vanilla',
@@ -214,7 +214,9 @@ def make_config(
     for name, allowed in CHOICES.items():
         if getattr(cfg, name) not in allowed:
             raise ValueError(f'{name}={getattr(cfg, name)!r}: choose one of {allowed}')
-    for name in ('group_size', 'prompts', 'groups', 'minibatches', 'epochs', 'max_steps'):
+    if cfg.lr <= 0: raise ValueError(f'lr={cfg.lr}: must be positive')
+    for name in ('group_size', 'prompts', 'groups', 'minibatches', 'epochs', 'max_steps',
+                 'eval_samples'):
         value = getattr(cfg, name)
         if value < 1: raise ValueError(f'{name}={value}: must be at least 1')
     if cfg.group_size < 2:
@@ -336,9 +338,11 @@ def build_task(
         tokenizer = AutoTokenizer.from_pretrained(cfg.model)
     return text_task(cfg, tokenizer, rows), tokenizer
 
-# %% ../nbs/13_presets.ipynb #a8194389
+# %% ../nbs/13_presets.ipynb #081711eb
 def build_model(cfg: Config, task: Task):
     "The model of a configuration, with fresh or pretrained weights"
+    if cfg.latent and cfg.top_k > task.vocab_size:
+        raise ValueError(f'top_k={cfg.top_k}: is larger than the vocabulary ({task.vocab_size})')
     if cfg.model == 'tiny':
         return TinyLM(task.vocab_size, cfg.width, cfg.layers, cfg.heads, cfg.ff, seed=cfg.seed)
     from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM

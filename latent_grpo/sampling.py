@@ -40,7 +40,7 @@ def gumbel(
     u = (((bits >> 41) & ((1 << 23) - 1)).float() + 0.5) * 2.**-23
     return -torch.log(-torch.log(u))
 
-# %% ../nbs/05_sampling.ipynb #af44affe
+# %% ../nbs/05_sampling.ipynb #e6b351a1
 @dataclass(frozen=True)
 class Sampling:
     """How a step is drawn and scored.
@@ -71,6 +71,12 @@ class Sampling:
         if not 1 <= self.top_k <= self.max_candidates:
             raise ValueError(f'top_k={self.top_k}: must be between 1 and '
                              f'max_candidates={self.max_candidates}')
+        for name, least in (('noise_scale', 0), ('temperature', 0), ('gumbel_tau', 1e-6)):
+            if not torch.is_tensor(v := getattr(self, name)) and v < least:
+                raise ValueError(f'{name}={v}: must be at least {least}')
+        if self.score == 'exact' and not torch.is_tensor(self.noise_scale) and not self.noise_scale:
+            raise ValueError("noise_scale=0: there is no density without noise; score='exact' "
+                             'needs a positive noise_scale')
         plain = self.clip is None and not self.shift and self.end_rule == 'sampled'
         if self.score == 'exact' and not plain:
             raise ValueError("score='exact' is a density only for unclipped, unshifted noise: "

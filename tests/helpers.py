@@ -24,22 +24,24 @@ def tiny(vocab=12, seed=0, sharp=6.0):
 
 
 def hf(kind, vocab=12, seed=0, sharp=20.0):
-    """A random Llama or Qwen2 of transformers behind our protocol."""
+    """A random Llama, Qwen2 or GPT2 (the one with learned positions) behind our protocol."""
     import transformers as tf
-    config = dict(vocab_size=vocab, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
-                  num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=64,
-                  tie_word_embeddings=False, bos_token_id=None, eos_token_id=None)
+    config = dict(vocab_size=vocab, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+                  max_position_embeddings=64, tie_word_embeddings=False, bos_token_id=None,
+                  eos_token_id=None)
+    if kind != "GPT2": config |= dict(intermediate_size=24, num_key_value_heads=1)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         config = getattr(tf, f"{kind}Config")(**config)
-        lm = getattr(tf, f"{kind}ForCausalLM")(config).eval()
+        lm = tf.AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad(): lm.lm_head.weight.mul_(sharp)
     return HFLM(lm)
 
 
 # Seeds with which some rollouts end early.
 MODELS = {"tiny": tiny, "Llama": lambda seed=3: hf("Llama", seed=seed),
-          "Qwen2": lambda seed=0: hf("Qwen2", seed=seed)}
+          "Qwen2": lambda seed=0: hf("Qwen2", seed=seed),
+          "GPT2": lambda seed=0: hf("GPT2", seed=seed)}
 
 
 def word_task(rows=64, answer=None):
@@ -63,8 +65,8 @@ def started(task, latent=True, steps=25):
 
 def config(method="vanilla", **settings):
     """A configuration for the tasks and models above."""
-    small = dict(top_k=3, max_steps=8, group_size=4, prompts=6, groups=6, max_extra=3, minibatches=2,
-                 steps=4, lr=1e-2, eval_every=0, noise_scale=0.7)
+    small = dict(top_k=3, max_steps=8, group_size=4, prompts=6, groups=6, max_extra=3,
+                 minibatches=2, steps=4, lr=1e-2, eval_every=0, noise_scale=0.7)
     return make_config("toy", method, **small | settings)
 
 

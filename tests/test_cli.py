@@ -77,8 +77,8 @@ def test_examples_in_the_help_parse():
     for words in commands: assert parser().parse_args(words).command == words[0]
 
 
-TOY = dict(width=16, layers=1, heads=2, ff=16, train_rows=60, test_rows=12, latent_sft=5, sft_batch=8,
-           explicit_sft=5, steps=2, prompts=4, groups=4, max_steps=20, eval_every=2)
+TOY = dict(width=16, layers=1, heads=2, ff=16, train_rows=60, test_rows=12, latent_sft=5,
+           sft_batch=8, explicit_sft=5, steps=2, prompts=4, groups=4, max_steps=20, eval_every=2)
 TEXT = dict(width=16, layers=1, heads=2, ff=24, vocab_size=320, explicit_sft=5, latent_sft=5,
             sft_batch=4, steps=1, prompts=3, groups=2, max_steps=40, test_rows=8, limit=80)
 
@@ -93,7 +93,8 @@ def test_train_and_eval_on_the_toy_task(method, tmp_path):
     assert scores(said) == {("test", "noise_free"): 12, ("test", "sampled"): 12}
     log = [json.loads(x) for x in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in log] == [1, 2] and "validation" in log[-1]
-    again = shell("eval", "--policy", tmp_path / "policy", "--out", tmp_path / "eval.json", "--quiet")
+    again = shell("eval", "--policy", tmp_path / "policy", "--quiet",
+                  "--out", tmp_path / "eval.json")
     assert SCORE.findall(again) == SCORE.findall(said)
     saved = json.loads((tmp_path / "eval.json").read_text())["test"]["noise_free"]
     assert saved["low"] <= saved["pass1"] <= saved["high"] and saved["problems"] == 12
@@ -116,7 +117,7 @@ def made_up(path, rows, seed):
     with open(path, "w") as f:
         for i in range(rows):
             a, b, c = (rng.randint(2, 9) for _ in range(3))
-            text = f"{rng.choice(names)} has {a} bags with {b} apples each and finds {c} more. How many?"
+            text = f"{rng.choice(names)} has {a} bags of {b} apples each and finds {c} more. All?"
             chain = f"<<{a}*{b}={a * b}>> <<{a * b}+{c}={a * b + c}>>"
             row = dict(problem=text, answer=str(a * b + c), cot=chain, id=f"{path.stem}-{i}",
                        in_aug_valid=i % 7 == 0)

@@ -17,7 +17,7 @@ from latent_grpo.runs import load_checkpoint
 from latent_grpo.sampling import Sampling
 from latent_grpo.sft import train_sft
 from latent_grpo.tasks import WordVocab, chain_rows, chain_task, load_rows
-from latent_grpo.train import draw_groups, load_policy
+from latent_grpo.train import draw_groups, load_policy, run
 
 GOOD = '{"problem": "2 + 2", "answer": "4"}'
 
@@ -98,7 +98,8 @@ def test_unknown_name_suggests_the_nearest(arguments, message):
 
 
 VALUES = [("group_size", 1, "at least 2 rollouts"), ("group_size", 0, "at least 1"),
-          ("prompts", 0, "at least 1"), ("minibatches", 0, "at least 1"), ("max_steps", 0, "at least 1"),
+          ("prompts", 0, "at least 1"), ("minibatches", 0, "at least 1"),
+          ("max_steps", 0, "at least 1"),
           ("lr", "fast", "lr='fast': expected float"), ("latent", "2", "latent='2': expected bool"),
           ("top_k", "2.5", "expected int"), ("clip", "(1, 2, 3)", "clip"),
           ("top_k", 0, "top_k=0"), ("top_k", 300, "max_candidates=256"),
@@ -114,6 +115,21 @@ LATE = [("masking", "on", "paper"), ("selection", "on", "paper"), ("overlong", "
 @pytest.mark.parametrize("name,value,message", VALUES + LATE)
 def test_bad_value_is_refused_before_anything_runs(name, value, message):
     with pytest.raises(ValueError, match=message): make_config("toy", **{name: value})
+
+
+@pytest.mark.parametrize("name", ["noise_scale", "temperature", "gumbel_tau", "lr"])
+def test_negative_value_is_refused(name):
+    with pytest.raises(ValueError, match=name): make_config("toy", **{name: -1.0})
+
+
+def test_exact_score_without_noise_is_refused():
+    """It has no density then; the run would stop later and blame the weights."""
+    with pytest.raises(ValueError, match="noise_scale"):
+        make_config("toy", "exact", noise_scale=0.0)
+
+
+def test_no_samples_in_the_evaluation_are_refused():
+    with pytest.raises(ValueError, match="eval_samples"): make_config("toy", eval_samples=0)
 
 
 def test_combinations_without_a_meaning_are_refused():
@@ -142,6 +158,12 @@ def test_more_components_than_words_names_both_numbers():
     with pytest.raises(ValueError, match=r"top_k=13.*vocabulary \(12\)"):
         draw_groups(tiny(), word_task(), cfg, 0)
     with pytest.raises(ValueError, match="top_k=0"): Sampling(top_k=0)
+
+
+def test_more_components_than_words_is_found_before_the_supervised_start(tmp_path, monkeypatch):
+    monkeypatch.setattr("latent_grpo.train.train_sft", forbidden)
+    cfg = config(top_k=30, train_rows=5, test_rows=2, latent_sft=1)
+    with pytest.raises(ValueError, match="top_k=30.*vocabulary"): run(cfg, tmp_path, bar=False)
 
 
 def test_prompt_over_the_limit_names_the_row():

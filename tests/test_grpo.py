@@ -10,7 +10,7 @@ from latent_grpo.masking import masked_advantages, valid_rollouts
 from latent_grpo.model import TableLM
 from latent_grpo.presets import sampling_of
 from latent_grpo.rollout import generate
-from latent_grpo.sampling import LATENT, Sampling, mixture_weights
+from latent_grpo.sampling import Sampling, mixture_weights
 from latent_grpo.selection import first_step_mask
 from latent_grpo.train import policy_loss
 
@@ -30,10 +30,9 @@ def test_advantages_sum_to_zero_in_each_group():
 
 @pytest.mark.parametrize("variant", ["off", "paper", "released"])
 def test_advantages_follow_a_permutation(variant):
-    A, groups, rows = masked_advantages(REWARDS, VALID, variant), rand(40).argsort(), rand(8).argsort()
-    torch.testing.assert_close(masked_advantages(REWARDS[groups], VALID[groups], variant), A[groups])
-    torch.testing.assert_close(masked_advantages(REWARDS[:, rows], VALID[:, rows], variant),
-                               A[:, rows])
+    advantages = lambda at: masked_advantages(REWARDS[at], VALID[at], variant)
+    groups, rows = rand(40).argsort(), (slice(None), rand(8).argsort())
+    for at in (groups, rows): torch.testing.assert_close(advantages(at), advantages(...)[at])
 
 
 def test_advantages_do_not_feel_other_groups_or_the_scale_of_rewards():
@@ -179,6 +178,23 @@ def test_policy_gradient_equals_finite_differences(method):
     slope = (8 * (step(.01) - step(-.01)) - (step(.02) - step(-.02))) / 0.12
     assert (model.table.grad * way).sum().item() == pytest.approx(slope, rel=0.01, abs=1e-3)
     assert abs(slope) > 0.02
+
+
+def test_kl_penalty_is_the_kl_to_the_reference_and_pulls_towards_it():
+    """One word a rollout: the penalty's mean is a KL that can be enumerated."""
+    cfg, model = config("explicit", kl_coef=0.5), TableLM(TABLE)
+    s, reference = sampling_of(cfg, END), TableLM(TABLE + rand(5, 5, seed=8))
+    r = generate(model, PROMPT, s, (END,), EOS, 20_000, 1, thinking=False)
+    weights, nothing = step_weights(r.action_mask), torch.zeros(20_000, 1)
+    loss, metrics = policy_loss(model, r, nothing, weights, cfg, s, reference)
+    p, q = (m.table[C].detach().log_softmax(-1) for m in (model, reference))
+    kl = (p.exp() * (p - q)).sum().item()
+    assert kl > 0.05 and metrics["kl_penalty"] == pytest.approx(kl, rel=0.1)
+    assert loss.item() == pytest.approx(0.5 * metrics["kl_penalty"])
+    loss.backward()
+    assert ((reference.table - model.table) * -model.table.grad).sum() > 0
+    same = policy_loss(model, r, nothing, weights, cfg, s, TableLM(TABLE))[1]
+    assert same["kl_penalty"] == pytest.approx(0, abs=1e-6)
 
 
 def pipeline_gradient(s, cfg, reward, groups, steps, batches=24, G=8):

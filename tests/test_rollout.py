@@ -1,4 +1,4 @@
-"""A rollout does not depend on its batch, replay gives its numbers back, and phases end as stated."""
+"""Rollouts do not depend on their batch, replay gives their numbers back, phases end as stated."""
 from dataclasses import replace
 
 import pytest
@@ -126,7 +126,8 @@ def test_replay_in_chunks_is_the_same_with_its_gradient(method):
 
     whole, pieces = value_and_gradients(1 << 24), value_and_gradients(5 * 12)
     assert len(whole) > 10
-    for a, b in zip(whole, pieces, strict=True): torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+    for a, b in zip(whole, pieces, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
 
 def test_replay_does_not_teach_the_embeddings():
@@ -254,7 +255,8 @@ def test_join_pads_and_replays():
     both = join(parts)
     assert both.prompt_ids.shape[1] == 5 and both.kind.shape[1] == max(
         p.kind.shape[1] for p in parts)
-    torch.testing.assert_close(replay_logps(model, both, SAMPLING), both.logps, atol=1e-5, rtol=1e-5)
+    replayed = replay_logps(model, both, SAMPLING)
+    torch.testing.assert_close(replayed, both.logps, atol=1e-5, rtol=1e-5)
     for b, part in enumerate(parts):
         same(trim(select_groups(both, torch.tensor([b])), part.prompt_ids.shape[1],
                   part.kind.shape[1]), part)

@@ -1,4 +1,4 @@
-"""Draws follow the stated law, the noise is a pure function, and scores have the mean they claim."""
+"""Draws follow the stated law, noise is a pure function, scores have the mean they claim."""
 from dataclasses import replace
 
 import pytest
@@ -14,7 +14,7 @@ from latent_grpo.sampling import END as END_STEP
 from latent_grpo.sampling import (LATENT, TEXT, Sampling, draw_step, exact_logp, gumbel,
                                   mixture_weights, noise_keys, score_steps, surrogate_logp)
 
-STATE = torch.tensor([1.0, 0.3, 1.6, -0.5, -1.0, 0.1])    # logits of six words; END is the likeliest
+STATE = torch.tensor([1.0, 0.3, 1.6, -0.5, -1.0, 0.1])    # logits; END is the likeliest
 PLAIN = Sampling(top_k=6, top_p=1.0, clip=None)           # no selection, no clipping, no end
 
 
@@ -93,10 +93,12 @@ def test_latent_margins_are_the_noise():
 def test_end_rule(rule):
     """END comes when the end marker wins with noise; by the released rule also without."""
     s = Sampling(top_k=2, end_id=END, end_rule=rule)
-    ids, scores, kind = draws(s, 5_000)[2:]
+    logits, _, ids, scores, kind = draws(s, 5_000)
     free = draws(replace(s, end_id=-1), 5_000)[2]
     assert ((kind == END_STEP) == ((free[:, 0] == END) | (rule == "argmax"))).all()
     assert (ids[kind == END_STEP, 0] == END).all() and (kind != TEXT).all()
+    score = score_steps(logits, ids, scores, kind, s)[kind == END_STEP]    # an ordinary word
+    torch.testing.assert_close(score, STATE.log_softmax(-1)[END].expand_as(score))
 
 
 def test_more_components_than_words():
@@ -121,7 +123,8 @@ def test_mixed_batch_equals_separate_batches():
         alone = draw_step(logits[at], keys[at], thinking[at], one)
         for whole, part in zip((ids, scores, kind), alone): assert torch.equal(whole[at], part)
         torch.testing.assert_close(score_steps(logits[at], *alone, one), logps[at])
-        if kind[i] == LATENT: torch.testing.assert_close(mixture_weights(alone[1], one), weights[at])
+        if kind[i] == LATENT:
+            torch.testing.assert_close(mixture_weights(alone[1], one), weights[at])
 
 
 # --- noise ---
@@ -179,8 +182,8 @@ def test_shift_scale_and_selection_bias_the_published_score(change):
     assert z_scores(gradients).max() > 15
 
 
-CENTRED = [(side, scale, K, end) for side in ("one-sided", "two-sided") for scale in (0.25, 1.0, 2.0)
-           for K, end in ((2, -1), (4, END))]
+CENTRED = [(side, scale, K, end) for side in ("one-sided", "two-sided")
+           for scale in (0.25, 1.0, 2.0) for K, end in ((2, -1), (4, END))]
 
 
 @pytest.mark.parametrize("side,scale,K,end", CENTRED)

@@ -46,7 +46,8 @@ def updated(cfg, model, r, rewards, update=update, lr=0.1, **kwargs):
     """Weights after the gradient steps of one batch, and what `update` returns."""
     model = copy.deepcopy(model)    # SGD: Adam would blow up the rounding of tiny gradients
     opt = torch.optim.SGD(make_optimizer(model, cfg).param_groups[0]["params"], lr=lr)
-    metrics = update(model, opt, r, rewards, cfg, sampling_of(cfg, TASK.end_latent_ids[0]), **kwargs)
+    s = sampling_of(cfg, TASK.end_latent_ids[0])
+    metrics = update(model, opt, r, rewards, cfg, s, **kwargs)
     return weights(model), metrics
 
 
@@ -261,12 +262,12 @@ def test_a_good_step_forgives_bad_ones(monkeypatch):
 
 def test_every_group_filtered(tmp_path):
     """Nobody is right: a step without an update, bounded and reported, and the run goes on."""
-    task, cfg = word_task(answer="z"), config(steps=2, max_extra=2)
+    task, cfg, longer = word_task(answer="z"), *(config(steps=n, max_extra=2) for n in (2, 3))
     model = fresh(cfg)
     rows = train_rl(model, task, cfg, tmp_path, bar=False)
     assert [(row["groups"], row["draws"], row["equal_groups"]) for row in rows] == [(0, 3, 1.0)] * 2
     assert torch.equal(weights(model), weights(STARTS[True]))
-    more = train_rl(fresh(cfg), task, config(steps=3, max_extra=2), tmp_path, resume=True, bar=False)
+    more = train_rl(fresh(cfg), task, longer, tmp_path, resume=True, bar=False)
     assert [row["step"] for row in more] == [1, 2, 3]
 
 
@@ -282,6 +283,9 @@ def test_filtering_draws_until_there_are_enough_groups():
 def test_embeddings_are_frozen():
     cfg = config()
     model = fresh(cfg)
+    trained = make_optimizer(model, cfg).param_groups[0]["params"]
+    assert not any(p is model.embed for p in trained)
+    assert len(trained) == len(list(model.parameters())) - 1
     train_rl(model, TASK, cfg, bar=False)
     assert torch.equal(model.embed, STARTS[True].embed)
 
@@ -296,8 +300,8 @@ def test_group_counts_of_a_step_are_those_of_the_update():
 
 # --- runs in folders ---
 
-SMALL = dict(width=16, layers=1, heads=2, ff=16, train_rows=40, test_rows=6, latent_sft=3, sft_batch=8,
-             explicit_sft=0, steps=1, prompts=4, groups=4, max_steps=20, eval_every=0)
+SMALL = dict(width=16, layers=1, heads=2, ff=16, train_rows=40, test_rows=6, latent_sft=3,
+             sft_batch=8, explicit_sft=0, steps=1, prompts=4, groups=4, max_steps=20, eval_every=0)
 
 
 def test_a_run_leaves_a_policy_that_loads(tmp_path):
@@ -333,7 +337,8 @@ def test_interrupted_run_leaves_a_checkpoint_and_resumes(tmp_path):
         said = process.communicate(timeout=60)[0]
     finally: process.kill()
     done = len(log.read_text().splitlines())
-    assert process.returncode == 0 and "stopping after this step" in said, said
+    assert process.returncode == 130 and "--resume" in said, said
+    assert "Traceback" not in said
     assert 3 <= done < 400 and (tmp_path / f"checkpoint-{done:06d}" / "state.json").exists()
     more = subprocess.run([*command, "--resume", f"--set=steps={done + 2}"], text=True, **output)
     assert more.returncode == 0, more.stdout
