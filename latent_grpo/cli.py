@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['EXAMPLES', 'parser', 'show_scores', 'main']
 
-# %% ../nbs/18_cli.ipynb #e00f86a5
+# %% ../nbs/18_cli.ipynb #f0b577aa
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
 import argparse, json, sys
 from . import __version__
-from .presets import METHODS, PRESETS, Config
+from .presets import METHODS, PRESETS, Config, parse_value
 
 # %% ../nbs/18_cli.ipynb #3bfbbe0e
 EXAMPLES = '''examples:
@@ -23,12 +23,14 @@ EXAMPLES = '''examples:
   latent-grpo compare --preset toy --seeds 0-4 --out runs/toy
   latent-grpo presets toy'''
 
-# %% ../nbs/18_cli.ipynb #25a2cb02
+# %% ../nbs/18_cli.ipynb #0503c2bf
 def _settings(pairs):
     "['lr=1e-4', ...] to {'lr': '1e-4', ...}"
     for p in pairs:
         if '=' not in p: raise ValueError(f'--set {p}: write it as name=value')
-    return dict(p.split('=', 1) for p in pairs)
+    settings = dict(p.split('=', 1) for p in pairs)
+    if 'seed' in settings: raise ValueError('--set seed: use --seed or --seeds')
+    return {k: parse_value(k, v) for k, v in settings.items()}
 
 def _seeds(text):
     "'0-4' or '0,3,7' to a list"
@@ -63,7 +65,7 @@ def _train_options(add):
     p.add_argument('--resume', action='store_true',
                    help='go on from the newest checkpoint in --out')
 
-# %% ../nbs/18_cli.ipynb #c97f3be5
+# %% ../nbs/18_cli.ipynb #43b5a3cd
 def _eval_options(add):
     "Scores of a saved policy"
     p = add('eval', 'Pass@1 of a saved policy on problem files, with intervals', '')
@@ -71,6 +73,7 @@ def _eval_options(add):
                    help='folder written by train, e.g. runs/latest/policy')
     p.add_argument('--data', action='append', default=[],
                    help='problem file or hub dataset; may be repeated')
+    p.add_argument('--seed', type=int, default=0, help='of the sampling noise')
 
 def _compare_options(add):
     "Several methods and seeds"
@@ -99,18 +102,20 @@ def parser() -> argparse.ArgumentParser:
     shown.add_argument('name', nargs='?', default='', help='one preset')
     return top
 
-# %% ../nbs/18_cli.ipynb #c1a53c00
+# %% ../nbs/18_cli.ipynb #6ab15fbd
 def show_scores(scores: dict):
     "Print Pass@1 with its interval, lengths and shares, a line per split and mode"
     for split, modes in scores.items():
-        if split == 'minutes': continue
+        if 'noise_free' not in modes: continue         # how long it took, how it was made
         for mode, s in modes.items():
             print(f"{split:20}{mode:11}Pass@1 {100*s['pass1']:5.1f} % "
                   f"[{100*s['low']:.1f}, {100*s['high']:.1f}]  n {s['problems']}x{s['samples']}  "
                   f"latent {s['latent_length']:.1f}  text {s['text_length']:.1f}  "
                   f"invalid {100*s['invalid']:.1f} %  unparsed {100*s['unparsed']:.1f} %")
+            if s['samples'] > 1: print(' ' * 31 + '  '.join(
+                f'pass@{k} {100*v:.1f} %' for k, v in s['pass_at'].items()))
 
-# %% ../nbs/18_cli.ipynb #2a0c8c81
+# %% ../nbs/18_cli.ipynb #fd153246
 def _files(args):
     "Settings that name training and test files"
     return {k: v for k, v in dict(train=args.data, tests=','.join(args.test)).items() if v}
@@ -125,11 +130,15 @@ def _train(args):
     print(f"policy, log and scores are in {args.out}")
 
 def _eval(args):
+    from latent_grpo.runs import provenance
     from latent_grpo.train import load_policy, score_policy
     model, task, cfg = load_policy(Path(args.policy), files=args.data, **_settings(args.set))
-    scores = score_policy(model, task, cfg)
+    scores = score_policy(model, task, cfg, seed=args.seed)
     show_scores(scores)
-    if args.out: Path(args.out).write_text(json.dumps(scores, indent=1))
+    if args.out:
+        Path(args.out).mkdir(parents=True, exist_ok=True)
+        note = scores | dict(made=provenance([args.seed]))
+        (Path(args.out)/'scores.json').write_text(json.dumps(note, indent=1))
 
 # %% ../nbs/18_cli.ipynb #6dbf33c1
 def _compare(args):
@@ -153,7 +162,7 @@ def _presets(args):
             value, source = PRESETS[name].get(f.name, (f.default, 'default'))
             if f.name in PRESETS[name] or args.name: print(f'  {f.name:18}{value!r:34}{source}')
 
-# %% ../nbs/18_cli.ipynb #806fa69f
+# %% ../nbs/18_cli.ipynb #0cdd5433
 def main(argv: list | None = None) -> int:    # exit status: 0, or 2 after a clear message
     "Entry point of `latent-grpo`"
     args = parser().parse_args(argv)
@@ -163,7 +172,7 @@ def main(argv: list | None = None) -> int:    # exit status: 0, or 2 after a cle
         print(f'latent-grpo: {e}', file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print('latent-grpo: interrupted; the last checkpoint is in --out, go on with --resume',
+        print('latent-grpo: interrupted; if a checkpoint was due it is in --out: use --resume',
               file=sys.stderr)
         return 130
     return 0

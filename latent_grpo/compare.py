@@ -23,7 +23,7 @@ NAMES = {'explicit-start': 'explicit SFT', 'latent-start': 'initialisation',
          'paper': 'Latent-GRPO (paper)', 'released': 'Latent-GRPO (released)',
          'exact': 'exact score (ours)', 'centred': 'centred score (ours)'}
 
-# %% ../nbs/17_compare.ipynb #924a2bac
+# %% ../nbs/17_compare.ipynb #725ddd42
 def _finished(out: Path, cfg: Config, policy: str):
     "Scores of a run that is already there, or None; other settings in the same folder are an error"
     if not (out/'scores.json').exists(): return None
@@ -43,6 +43,7 @@ def _start(cfg: Config, out: Path):
     minutes = dict(training=(time.time() - begun) / 60)
     model, task, _ = load_policy(out/'init')
     scores = score_policy(model, task, cfg, reference=model) | dict(minutes=minutes)
+    scores['made'] = provenance([cfg.seed])
     (out/'scores.json').write_text(json.dumps(scores))
     return scores
 
@@ -52,7 +53,7 @@ def _method(cfg: Config, out: Path, init: Path):
 
 def _one_thread(): torch.set_num_threads(1)
 
-# %% ../nbs/17_compare.ipynb #d2057a9b
+# %% ../nbs/17_compare.ipynb #1e5ba30d
 def run_seeds(
     preset: str,
     methods: list,        # keys of `NAMES` without the starts
@@ -71,8 +72,9 @@ def run_seeds(
     progress = tqdm(total=len(starts) + len(seeds) * len(methods), disable=not bar, desc='runs')
     results, context = [], multiprocessing.get_context('spawn')
     first = {'explicit-start': 'explicit', 'latent-start': 'vanilla'}
-    with ProcessPoolExecutor(workers, context, _one_thread) as pool:
-        submit = lambda f, seed, name, *args: (pool.submit(f, *args), (seed, name))
+    pool = ProcessPoolExecutor(workers, context, _one_thread)
+    submit = lambda f, seed, name, *args: (pool.submit(f, *args), (seed, name))
+    try:
         todo = dict(submit(_start, s, k, config(first[k], s), folder(s, k)) for s, k in starts)
         while todo:
             done = next(as_completed(todo))
@@ -84,12 +86,13 @@ def run_seeds(
                 init = folder(seed, name)/'init'
                 todo |= dict(submit(_method, seed, m, config(m, seed), folder(seed, m), init)
                              for m in methods if kind(m) == name)
+    finally: pool.shutdown(wait=True, cancel_futures=True)   # Ctrl-C: the queue is dropped
     progress.close()
     return sorted(results, key=lambda r: (r['seed'], list(NAMES).index(r['method'])))
 
-# %% ../nbs/17_compare.ipynb #f957efff
+# %% ../nbs/17_compare.ipynb #500aebb3
 def _brief(result):
-    score = next(v for k, v in result['scores'].items() if k != 'minutes')
+    score = next(v for v in result['scores'].values() if 'noise_free' in v)
     minutes = result['scores']['minutes']['training']
     return f"Pass@1 {score['noise_free']['pass1']:.3f}  {minutes:.1f} min"
 
@@ -139,7 +142,7 @@ def table_text(rows: list) -> str:
         lines.append(f"| {r['method']} | {cells} |")
     return '\n'.join(lines)
 
-# %% ../nbs/17_compare.ipynb #859ffff8
+# %% ../nbs/17_compare.ipynb #96076869
 def compare(
     out: Path,             # folder: runs, results.json, figure.png and figure.svg
     preset: str = 'toy',
@@ -152,20 +155,25 @@ def compare(
     "Run the methods, print one table, save one figure and everything that is needed to redraw them"
     out, begun = Path(out), time.time()
     results = run_seeds(preset, list(methods), list(seeds), out, workers, bar, **overrides)
-    split = next(k for k in results[0]['scores'] if k != 'minutes')
+    split = next(k for k, v in results[0]['scores'].items() if 'noise_free' in v)
     rows = table_rows(results, split)
     out.mkdir(parents=True, exist_ok=True)
-    record = dict(provenance(seeds), preset=preset, overrides=overrides, split=split,
+    made = sorted({r['scores']['made']['commit'] for r in results})   # a kept run may be older
+    record = dict(provenance(seeds) | dict(commit=', '.join(made)),
+                  preset=preset, overrides=overrides, split=split,
                   wall_minutes=(time.time() - begun) / 60, results=results)
     (out/'results.json').write_text(json.dumps(record, indent=1))
     save_figure(draw(rows), out/'figure')
     return rows
 
-# %% ../nbs/17_compare.ipynb #06c24d52
+# %% ../nbs/17_compare.ipynb #ceddc519
 def draw(rows: list):      # a matplotlib figure
     "The comparison as dots with intervals"
     percent = lambda r: {c: tuple(100 * x for x in r[c]) for c in ('pass1', 'sampled', 'invalid')}
-    shown = [r | percent(r) for r in rows]
+    inside = lambda low, high: lambda x: tuple(min(max(v, low), high) for v in x)
+    shown = [r | {k: inside(0, 100)(v) for k, v in percent(r).items()} for r in rows]
+    positive = inside(0, float('inf'))
+    shown = [r | {k: positive(r[k]) for k in ('kl', 'latent', 'text')} for r in shown]
     shown = [r | dict(length=tuple(a + b for a, b in zip(r['latent'], r['text']))) for r in shown]
     seeds = rows[0]['seeds']
     panels = {'Pass@1 (%)': ['pass1', 'sampled'], 'Length (steps)': 'length',

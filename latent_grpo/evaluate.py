@@ -107,7 +107,7 @@ def pass_at_k(n, # samples of each problem: int or [problems]
     j = np.arange(k)
     return 1 - np.prod(np.maximum((n - c)[..., None] - j, 0) / (n[..., None] - j), axis=-1)
 
-# %% ../nbs/12_evaluate.ipynb #5a205cdf
+# %% ../nbs/12_evaluate.ipynb #364e41c6
 def support_per_step(r: Rollout, sampling: Sampling) -> torch.Tensor:   # [latent steps]
     "Effective support of each latent step in a batch of rollouts"
     rows = r.latent_mask.nonzero()[:, 0]
@@ -118,12 +118,17 @@ def policy_kl(
     model, reference,         # two models with the same vocabulary
     r: Rollout,               # drawn by `model`
     sampling: Sampling,
+    chunk: int = 1 << 24,     # logits held at a time
 ) -> float:                   # nats per step, >= 0
     "Exact KL(model || reference) of next words at temperature 1, mean over all steps (ours)"
     at = r.action_mask
-    logps = lambda m: m.head(replay_states(m, r, sampling)[at]).float().log_softmax(-1)
-    p, q = logps(model), logps(reference)
-    return (p.exp() * (p - q)).sum(-1).mean().item()
+    states = [replay_states(m, r, sampling)[at] for m in (model, reference)]
+    total, per = 0., max(1, chunk // len(model.embed))
+    for i in range(0, len(states[0]), per):
+        p, q = (m.head(h[i:i + per]).float().log_softmax(-1)
+                for m, h in zip((model, reference), states))
+        total += (p.exp() * (p - q)).sum().item()
+    return total / len(states[0])
 
 # %% ../nbs/12_evaluate.ipynb #46817423
 def rollout_metrics(
@@ -145,7 +150,7 @@ def rollout_metrics(
                 text_length=r.text_lengths.float().mean().item(),
                 support=support.mean().item() if len(support) else 1.0)
 
-# %% ../nbs/12_evaluate.ipynb #469a3910
+# %% ../nbs/12_evaluate.ipynb #a05437a8
 @torch.no_grad()
 def evaluate(
     model, task,
@@ -175,9 +180,11 @@ def evaluate(
     correct = np.array(flat('correct')).reshape(len(rows), samples)
     if samples == 1: interval = wilson_interval(int(correct.sum()), len(rows))
     else: interval = bootstrap_interval(correct.mean(1))
+    ks = [1 << i for i in range(samples.bit_length()) if 1 << i <= samples]
+    pass_at = {k: float(pass_at_k(samples, correct.sum(1).astype(int), k).mean()) for k in ks}
     return dict(pass1=interval.mean, low=interval.low, high=interval.high,
                 problems=len(rows), samples=samples, latent_length=mean('latent_length'),
                 text_length=mean('text_length'), support=mean('support'),
                 invalid=1 - float(np.mean(flat('ended'))),
                 unparsed=float(np.mean(flat('unparsed'))),
-                kl=sum(kls) / len(rows) if kls else None, correct=correct)
+                kl=sum(kls) / len(rows) if kls else None, pass_at=pass_at, correct=correct)

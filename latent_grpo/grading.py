@@ -113,13 +113,13 @@ def as_words(text: str, # an answer
     if m: return " ".join(m[1].lower().split()).rstrip(".") or None
     return text.lower() if re.fullmatch(r"[^\W\d_]{3,}", text) else None
 
-# %% ../nbs/02_grading.ipynb #12524d20
+# %% ../nbs/02_grading.ipynb #82403867
 TIME_LIMIT = 3 # whole seconds for one parse or one comparison, in the main thread only
 _EXPLOSIVE = re.compile(r"\d\s*\^\s*\{?\s*\d+\s*\^|\^\s*\{?\s*\d{4,}|\d{4,}\s*\)*\s*!|!\s*!")
 
 def _limit(): return TIME_LIMIT if threading.current_thread() is threading.main_thread() else None
 
-# %% ../nbs/02_grading.ipynb #6fb1398e
+# %% ../nbs/02_grading.ipynb #bc51e161
 @lru_cache(maxsize=1)
 def _rules(): # read LaTeX as a whole, keep letters that look like units
     from latex2sympy2_extended import NormalizationConfig
@@ -133,7 +133,7 @@ def _parse(text): # list of SymPy objects and strings
 
 _parse_gold = lru_cache(maxsize=100_000)(_parse)
 
-# %% ../nbs/02_grading.ipynb #90161093
+# %% ../nbs/02_grading.ipynb #dc8632b7
 def same_maths(gold: str,  # cleaned gold answer; comes first, the comparison is not symmetric
                answer: str, # cleaned answer of the model
               ) -> bool: # False also when it cannot be read, takes too long or could explode
@@ -142,7 +142,7 @@ def same_maths(gold: str,  # cleaned gold answer; comes first, the comparison is
     from math_verify import verify
     return verify(_parse_gold(gold), _parse(answer), timeout_seconds=_limit())
 
-# %% ../nbs/02_grading.ipynb #02e688a6
+# %% ../nbs/02_grading.ipynb #2153a31b
 _NO_VALUE = {"", "none", "null", "nan", "n/a", "inf", "-inf"}
 
 def _readable(gold): # can this cleaned gold answer be compared with anything?
@@ -152,7 +152,7 @@ def _readable(gold): # can this cleaned gold answer be compared with anything?
         return False # a bare sentence: as maths it would be a product of letters
     return any(not isinstance(part, str) for part in _parse_gold(gold))
 
-# %% ../nbs/02_grading.ipynb #1c80f4bd
+# %% ../nbs/02_grading.ipynb #cb3c3691
 def check_gold(gold,     # final answer of one row: str, int or float
                row=None, # id of the row, for the message
               ) -> str:  # the cleaned gold answer
@@ -165,7 +165,7 @@ def check_gold(gold,     # final answer of one row: str, int or float
                      "answer; give a number, LaTeX, a choice letter or \\text{words} there, "
                      "or remove the row")
 
-# %% ../nbs/02_grading.ipynb #221f35f4
+# %% ../nbs/02_grading.ipynb #20ec5ef1
 def _equal(gold, answer): # gold has been checked
     if as_choice(gold): return as_choice(answer) == as_choice(gold)
     if as_words(gold): return as_words(answer) == as_words(gold)
@@ -184,7 +184,7 @@ def is_correct(prediction_text: str, # free text of one rollout
     answer = extract_answer(prediction_text)
     return answer is not None and _equal(gold, answer)
 
-# %% ../nbs/02_grading.ipynb #d050af91
+# %% ../nbs/02_grading.ipynb #9fe8d8ff
 @dataclass(frozen=True)
 class Grades:
     "What the grader found, one entry per prediction."
@@ -201,7 +201,7 @@ class Grades:
         "Share of predictions without any answer; nan for no predictions."
         return 1 - sum(self.parsed) / len(self.parsed) if self.parsed else float("nan")
 
-# %% ../nbs/02_grading.ipynb #c1da49ad
+# %% ../nbs/02_grading.ipynb #bac41df8
 def grade(predictions: list[str], # free texts
           golds: list,            # gold answers, same length
           row_ids: list = None,   # named in errors; positions if None

@@ -61,11 +61,11 @@ def style(**overrides): # any matplotlib rc setting, dots written as two undersc
     try: yield
     finally: settings.update(before)
 
-# %% ../nbs/16_plots.ipynb #32077151
+# %% ../nbs/16_plots.ipynb #07f46ca6
 def spread(heights, # wanted positions
            gap,     # least distance between neighbours, same unit
           ) -> np.ndarray: # new positions in the same order, at least gap apart
-    "Move labels apart as little as a sweep can: isotonic fit by merging clusters."
+    "Move labels apart as little as possible, in the same order"
     order, clusters = np.argsort(heights, kind="stable"), []
     for rank, i in enumerate(order):
         clusters.append([heights[i] - rank * gap, 1]) # mean of what is left, members

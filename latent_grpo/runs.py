@@ -100,10 +100,7 @@ def provenance(
                 date=time.strftime('%Y-%m-%d'),
                 versions=dict(python=platform.python_version(), torch=torch.__version__))
 
-# %% ../nbs/14_runs.ipynb #62d77ddc
-#| export
-
-# %% ../nbs/14_runs.ipynb #ffd71193
+# %% ../nbs/14_runs.ipynb #0bfba7d5
 @contextmanager
 def interruptible():
     "Yields a function that tells whether Ctrl-C was pressed; a second Ctrl-C interrupts at once"

@@ -40,7 +40,7 @@ def gumbel(
     u = (((bits >> 41) & ((1 << 23) - 1)).float() + 0.5) * 2.**-23
     return -torch.log(-torch.log(u))
 
-# %% ../nbs/05_sampling.ipynb #e6b351a1
+# %% ../nbs/05_sampling.ipynb #869aa8b4
 @dataclass(frozen=True)
 class Sampling:
     """How a step is drawn and scored.
@@ -81,6 +81,9 @@ class Sampling:
         if self.score == 'exact' and not plain:
             raise ValueError("score='exact' is a density only for unclipped, unshifted noise: "
                              "set clip=None, shift=0 and end_rule='sampled'")
+        if self.score == 'exact' and (self.estimator != 'none' or self.centre_draws):
+            raise ValueError("score='exact' needs neither repair: set estimator='none' and "
+                             'centre_draws=0')
 
     def select(self, rows: Tensor) -> 'Sampling':
         "The settings of some rows: tensors are indexed, numbers are kept"
@@ -126,7 +129,7 @@ def mixture_weights(
     tau = tau.view(-1, *[1] * (scores.dim() - 1)) if tau.dim() else tau
     return (scores[..., :sampling.top_k] / tau).softmax(-1)
 
-# %% ../nbs/05_sampling.ipynb #8f76224f
+# %% ../nbs/05_sampling.ipynb #95873086
 PAD, LATENT, END, TEXT, FORCED = range(5)   # FORCED: the rest of a marker of several ids
 
 def draw_latent(
@@ -148,7 +151,7 @@ def text_logps(
     sampling: Sampling,
     keep: Tensor | None = None,   # [N] tokens that stay whatever the truncation says
 ) -> Tensor:              # [N, V]; -inf outside of the truncated set
-    "Log-probabilities from which text is drawn: temperature, then top-k, then nucleus"
+    "Log-probabilities of text: temperature; then words that are in the top-k and in the nucleus"
     t = sampling.temperature
     t = t.clamp(min=1e-6) if torch.is_tensor(t) else max(t, 1e-6)
     logps = (logits.float() / _column(t)).log_softmax(-1)

@@ -94,9 +94,9 @@ def test_train_and_eval_on_the_toy_task(method, tmp_path):
     log = [json.loads(x) for x in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in log] == [1, 2] and "validation" in log[-1]
     again = shell("eval", "--policy", tmp_path / "policy", "--quiet",
-                  "--out", tmp_path / "eval.json")
+                  "--out", tmp_path / "again")
     assert SCORE.findall(again) == SCORE.findall(said)
-    saved = json.loads((tmp_path / "eval.json").read_text())["test"]["noise_free"]
+    saved = json.loads((tmp_path / "again/scores.json").read_text())["test"]["noise_free"]
     assert saved["low"] <= saved["pass1"] <= saved["high"] and saved["problems"] == 12
 
 

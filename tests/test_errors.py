@@ -12,12 +12,12 @@ from helpers import config, tiny, word_task
 from latent_grpo.cli import main
 from latent_grpo.grading import check_gold, is_correct
 from latent_grpo.grpo import group_advantages
-from latent_grpo.presets import PRESETS, make_config, text_task, train_tokenizer
+from latent_grpo.presets import PRESETS, make_config, problem_rows, text_task, train_tokenizer
 from latent_grpo.runs import load_checkpoint
 from latent_grpo.sampling import Sampling
 from latent_grpo.sft import train_sft
 from latent_grpo.tasks import WordVocab, chain_rows, chain_task, load_rows
-from latent_grpo.train import draw_groups, load_policy, run
+from latent_grpo.train import draw_groups, load_policy, run, train_rl
 
 GOOD = '{"problem": "2 + 2", "answer": "4"}'
 
@@ -304,3 +304,52 @@ def test_status_and_single_line_from_a_shell():
                          capture_output=True, text=True, env=os.environ)
     assert run.returncode == 2 and run.stdout == ""
     assert run.stderr == "latent-grpo: unknown preset 'toi'; did you mean 'toy'?\n"
+
+
+def write_rows(path, start, stop, **more):
+    rows = [dict(problem=f"What is {i} and 1?", answer=str(i + 1), cot=f"<<{i}+1={i + 1}>>", **more)
+            for i in range(start, stop)]
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+def test_a_test_file_cannot_take_the_place_of_another_split(tmp_path):
+    data = write_rows(tmp_path / "d.jsonl", 0, 50)
+    clash = write_rows(tmp_path / "a/train.jsonl", 60, 70)
+    one, two = (write_rows(tmp_path / name / "t.jsonl", 70, 80) for name in "bc")
+    for tests in (str(clash), f"{one},{two}"):
+        cfg = make_config("gsm8k-tiny", train=str(data), tests=tests)
+        with pytest.raises(ValueError, match="is taken"): problem_rows(cfg)
+
+
+def test_problems_of_a_test_file_are_left_out_of_training(tmp_path):
+    data, test = write_rows(tmp_path / "d.jsonl", 0, 50), write_rows(tmp_path / "t.jsonl", 0, 20)
+    cfg = make_config("gsm8k-tiny", train=str(data), tests=str(test), drop="")
+    with pytest.warns(UserWarning, match="20 training problems also stand in t"):
+        rows = problem_rows(cfg)
+    assert len(rows["train"]) + len(rows["validation"]) == 30 and len(rows["t"]) == 20
+
+
+def test_marked_rows_are_dropped_and_a_misspelt_mark_is_told(tmp_path):
+    data = write_rows(tmp_path / "d.jsonl", 0, 50)
+    data.write_text(data.read_text() + "\n" + write_rows(tmp_path / "e.jsonl", 50, 60, bad=True)
+                    .read_text())
+    splits = problem_rows(make_config("gsm8k-tiny", train=str(data), drop="bad"))
+    assert sum(map(len, splits.values())) == 50
+    with pytest.warns(UserWarning, match="no training row has this field"):
+        problem_rows(make_config("gsm8k-tiny", train=str(data), drop="baad"))
+
+
+def test_resume_with_other_settings_is_refused(tmp_path):
+    cfg = config(train_rows=40, test_rows=8, latent_sft=1, explicit_sft=0, steps=1)
+    run(cfg, tmp_path, bar=False)
+    cfg.steps, cfg.lr = 2, 2 * cfg.lr
+    with pytest.raises(ValueError, match="holds a run with lr="):
+        run(cfg, tmp_path, resume=True, bar=False)
+
+
+def test_training_in_half_precision_is_refused():
+    cfg, task = config(), word_task()
+    with pytest.raises(ValueError, match="train with dtype=float32"):
+        train_rl(tiny().to(torch.bfloat16), task, cfg, bar=False)

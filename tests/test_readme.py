@@ -60,7 +60,10 @@ def test_tables_are_the_measured_ones():
     assert len(record["seeds"]) >= 5 and len(script.table_rows(record["results"])) == 8
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "docs/results").glob("*.json")), ids=lambda p: p.name)
+RESULTS = sorted((ROOT / "docs/results").glob("*.json"))
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda p: p.name)
 def test_results_say_how_they_were_made(path):
     record = json.loads(path.read_text("utf-8"))
     for key in ("command", "commit", "seeds", "hardware", "date"):

@@ -32,7 +32,7 @@ ALLOWED = {
               "selection", "sft"},
     "plots": set(),
     "compare": {"evaluate", "plots", "presets", "runs", "train"},
-    "cli": {"compare", "presets", "train"},
+    "cli": {"compare", "presets", "runs", "train"},
 }
 
 PROBE = """
