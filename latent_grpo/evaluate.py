@@ -48,7 +48,7 @@ def bootstrap_interval(values,     # [problems] score of each problem
     means = [values[rng.integers(n, size=n)].mean() for _ in range(draws)]
     return _percentile(values.mean(), means, level)
 
-# %% ../nbs/12_evaluate.ipynb #da2dab52
+# %% ../nbs/12_evaluate.ipynb #4029409b
 def wilson_interval(successes: int, # right answers
                     trials: int,    # problems, at least 1
                     level=0.95,     # confidence level
@@ -59,7 +59,8 @@ def wilson_interval(successes: int, # right answers
     z, p = NormalDist().inv_cdf((1 + level) / 2), successes / trials
     centre, shrink = p + z*z / (2*trials), 1 + z*z / trials
     half = z * (p * (1-p) / trials + z*z / (4 * trials**2)) ** 0.5
-    return Interval(p, max(0.0, (centre - half) / shrink), min(1.0, (centre + half) / shrink))
+    low, high = (centre - half) / shrink, (centre + half) / shrink
+    return Interval(p, max(0.0, min(p, low)), min(1.0, max(p, high))) # rounding never leaves p out
 
 # %% ../nbs/12_evaluate.ipynb #1433b67e
 @lru_cache(maxsize=64)
