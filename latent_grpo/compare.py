@@ -23,7 +23,7 @@ NAMES = {'explicit-start': 'explicit SFT', 'latent-start': 'initialisation',
          'paper': 'Latent-GRPO (paper)', 'released': 'Latent-GRPO (released)',
          'exact': 'exact score (ours)', 'centred': 'centred score (ours)'}
 
-# %% ../nbs/17_compare.ipynb #725ddd42
+# %% ../nbs/17_compare.ipynb #479287e6
 def _finished(out: Path, cfg: Config, policy: str):
     "Scores of a run that is already there, or None; other settings in the same folder are an error"
     if not (out/'scores.json').exists(): return None
@@ -47,13 +47,14 @@ def _start(cfg: Config, out: Path):
     (out/'scores.json').write_text(json.dumps(scores))
     return scores
 
+# %% ../nbs/17_compare.ipynb #21866b82
 def _method(cfg: Config, out: Path, init: Path):
     "One method from a given start; kept when it is already there"
     return _finished(out, cfg, 'policy') or run(cfg, out, init, resume=True, bar=False)
 
 def _one_thread(): torch.set_num_threads(1)
 
-# %% ../nbs/17_compare.ipynb #1e5ba30d
+# %% ../nbs/17_compare.ipynb #3dd050f4
 def run_seeds(
     preset: str,
     methods: list,        # keys of `NAMES` without the starts
@@ -90,13 +91,13 @@ def run_seeds(
     progress.close()
     return sorted(results, key=lambda r: (r['seed'], list(NAMES).index(r['method'])))
 
-# %% ../nbs/17_compare.ipynb #500aebb3
+# %% ../nbs/17_compare.ipynb #2888bd0e
 def _brief(result):
     score = next(v for v in result['scores'].values() if 'noise_free' in v)
     minutes = result['scores']['minutes']['training']
     return f"Pass@1 {score['noise_free']['pass1']:.3f}  {minutes:.1f} min"
 
-# %% ../nbs/17_compare.ipynb #c9b453a4
+# %% ../nbs/17_compare.ipynb #dc241bc1
 COLUMNS = {'pass1': 'Pass@1 noise-free', 'sampled': 'Pass@1 sampled', 'latent': 'latent',
            'text': 'text', 'invalid': 'invalid', 'kl': 'KL', 'minutes': 'minutes'}
 
@@ -107,7 +108,7 @@ def _numbers(scores, split):
                 invalid=drawn['invalid'], kl=drawn['kl'] or 0.0,
                 minutes=scores['minutes']['training'])
 
-# %% ../nbs/17_compare.ipynb #692efdfe
+# %% ../nbs/17_compare.ipynb #f8a3fadd
 def table_rows(
     results: list,         # from `run_seeds`
     split: str = 'test',
@@ -127,7 +128,7 @@ def table_rows(
         rows.append(dict(method=name, seeds=len(runs), **row))
     return rows
 
-# %% ../nbs/17_compare.ipynb #ea2217fd
+# %% ../nbs/17_compare.ipynb #fbdd653f
 def table_text(rows: list) -> str:
     "The comparison as a Markdown table"
     def cell(column, value):
@@ -142,7 +143,7 @@ def table_text(rows: list) -> str:
         lines.append(f"| {r['method']} | {cells} |")
     return '\n'.join(lines)
 
-# %% ../nbs/17_compare.ipynb #96076869
+# %% ../nbs/17_compare.ipynb #9ce87390
 def compare(
     out: Path,             # folder: runs, results.json, figure.png and figure.svg
     preset: str = 'toy',
@@ -166,7 +167,7 @@ def compare(
     save_figure(draw(rows), out/'figure')
     return rows
 
-# %% ../nbs/17_compare.ipynb #ceddc519
+# %% ../nbs/17_compare.ipynb #c7439773
 def draw(rows: list):      # a matplotlib figure
     "The comparison as dots with intervals"
     percent = lambda r: {c: tuple(100 * x for x in r[c]) for c in ('pass1', 'sampled', 'invalid')}

@@ -25,7 +25,7 @@ def group_advantages(
     var = (((rewards - mean) * counted)**2).sum(1, keepdim=True) / (n - 1).clamp(min=1)
     return (rewards - mean) / (var.sqrt() + eps) * counted * (n > 1)
 
-# %% ../nbs/08_grpo.ipynb #08cc41a5
+# %% ../nbs/08_grpo.ipynb #78329243
 def ppo_terms(
     logps: Tensor,        # any shape, current policy
     old_logps: Tensor,    # the policy that drew
@@ -39,6 +39,7 @@ def ppo_terms(
     loss = torch.maximum(plain, clipped)
     return torch.where(advantages < 0, torch.minimum(loss, -dual_clip * advantages), loss)
 
+# %% ../nbs/08_grpo.ipynb #39cbef22
 def step_weights(
     mask: Tensor,     # [N, T] bool
     how: str = 'token-mean',   # token-mean (paper) | seq-mean-token-mean | seq-mean-token-sum
@@ -52,7 +53,7 @@ def step_weights(
     raise ValueError(f"aggregation={how!r}: choose 'token-mean', 'seq-mean-token-mean' "
                      "or 'seq-mean-token-sum'")
 
-# %% ../nbs/08_grpo.ipynb #7c0d4f8c
+# %% ../nbs/08_grpo.ipynb #0b7bf41c
 def kl_k3(
     logps: Tensor,       # current policy
     ref_logps: Tensor,   # reference policy

@@ -51,7 +51,7 @@ class TableLM(nn.Module):
         return embeds, (NoCache() if use_cache else None)
     def head(self, hidden): return hidden @ self.table
 
-# %% ../nbs/03_model.ipynb #6edb930b
+# %% ../nbs/03_model.ipynb #46103408
 def rotate(
     x: Tensor,      # [N, heads, T, d]
     angle: Tensor,  # [N, 1, T, d / 2]
@@ -60,6 +60,7 @@ def rotate(
     a, b = x.chunk(2, -1)
     return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], -1)
 
+# %% ../nbs/03_model.ipynb #72f091ab
 class Block(nn.Module):
     "One pre-norm transformer layer with rotary attention and a gated feed-forward part"
     def __init__(self, width, heads, ff):
@@ -80,7 +81,7 @@ class Block(nn.Module):
         gate, value = self.up(self.norm2(x)).chunk(2, -1)
         return x + self.down(F.silu(gate) * value), (k, v)
 
-# %% ../nbs/03_model.ipynb #1064141a
+# %% ../nbs/03_model.ipynb #c340802f
 @dataclass
 class TinyCache:
     "Keys and values per layer, and the last input embedding"
@@ -91,6 +92,7 @@ class TinyCache:
     def batch_repeat_interleave(self, repeats): self._map(lambda t: t.repeat_interleave(repeats, 0))
     def batch_select_indices(self, indices): self._map(lambda t: t[indices])
 
+# %% ../nbs/03_model.ipynb #645840b8
 class TinyLM(nn.Module):
     "A small transformer that follows the `LatentLM` protocol (ours)"
     def __init__(
@@ -137,7 +139,7 @@ class TinyLM(nn.Module):
 
     def head(self, hidden): return self.unembed(hidden)
 
-# %% ../nbs/03_model.ipynb #e5d8a739
+# %% ../nbs/03_model.ipynb #8522d330
 class HFLM(nn.Module):
     "Any `transformers` causal language model behind the `LatentLM` protocol (ours)"
     def __init__(self, lm):    # e.g. `AutoModelForCausalLM.from_pretrained(...)`

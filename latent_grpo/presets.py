@@ -100,9 +100,10 @@ class Config:
     save_every: int = 0         # steps between checkpoints; 0: only at the end
     seed: int = 0
 
-# %% ../nbs/13_presets.ipynb #f966546a
+# %% ../nbs/13_presets.ipynb #41c7eff0
 _TOY, _PAPER, _SCRIPT = 'ours, chosen for a 2-core CPU', 'paper, appendix', 'released scripts'
 
+# %% ../nbs/13_presets.ipynb #90d6c632
 PRESETS = {
     'toy': dict(
         task=('chains', _TOY), model=('tiny', _TOY), train_rows=(8000, _TOY), test_rows=(512, _TOY),
@@ -158,7 +159,7 @@ PRESETS = {
         save_every=(20, 'ours'), eval_every=(20, 'ours')),
 }
 
-# %% ../nbs/13_presets.ipynb #6dcfc0b4
+# %% ../nbs/13_presets.ipynb #6713be67
 METHODS = {
     'explicit': dict(latent=False),
     'vanilla': dict(noise='two-sided', estimator='none', masking='off', selection='off'),
@@ -170,7 +171,7 @@ METHODS = {
     'centred': dict(noise='one-sided', centre_draws=8, masking='paper'),
 }
 
-# %% ../nbs/13_presets.ipynb #caa37ef3
+# %% ../nbs/13_presets.ipynb #de6c55e1
 CHOICES = dict(task=('chains', 'problems'), prompt_style=('plain', 'low', 'high'),
                dtype=('float32', 'bfloat16'), noise=('two-sided', 'one-sided'),
                masking=('off', 'paper', 'released'),
@@ -182,7 +183,7 @@ def _unknown(kind, name, known):
     hint = f'did you mean {near[0]!r}?' if near else f'known: {", ".join(known)}'
     return ValueError(f'unknown {kind} {name!r}; {hint}')
 
-# %% ../nbs/13_presets.ipynb #e220e0ec
+# %% ../nbs/13_presets.ipynb #a4bc3bb6
 def parse_value(
     name: str,    # a field of `Config`
     text,         # its value; a string is converted to the field's type
@@ -204,7 +205,7 @@ def parse_value(
         raise ValueError(f'{name}={text!r}: expected {kind.__name__}, like {default!r}')
     return float(value) if kind is float else value
 
-# %% ../nbs/13_presets.ipynb #dead9b2d
+# %% ../nbs/13_presets.ipynb #82781bd9
 def validate(
     cfg: Config,
 ) -> Config:       # the same, or a `ValueError` that names the field, the value and the remedy
@@ -224,6 +225,7 @@ def validate(
     sampling_of(cfg)      # refuse combinations that have no meaning before anything runs
     return cfg
 
+# %% ../nbs/13_presets.ipynb #4d6b20da
 def make_config(
     preset: str = 'toy',
     method: str = 'vanilla',
@@ -236,7 +238,7 @@ def make_config(
     values |= {k: parse_value(k, v) for k, v in overrides.items()}
     return validate(Config(**values))
 
-# %% ../nbs/13_presets.ipynb #80d4c4cb
+# %% ../nbs/13_presets.ipynb #bfd85df8
 def sampling_of(
     cfg: Config,
     end_id: int = -1,         # first id of the end marker
@@ -249,7 +251,7 @@ def sampling_of(
     if not noise_free: return s
     return replace(s, noise_scale=0., temperature=0., score='published', clip=(-1.5, 3.))
 
-# %% ../nbs/13_presets.ipynb #afaa272e
+# %% ../nbs/13_presets.ipynb #59bd4277
 # the paper's instruction
 PROMPT = 'Please reason step by step, and put your final answer within \\boxed{}.'
 
@@ -269,7 +271,7 @@ def train_tokenizer(
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
     return PreTrainedTokenizerFast(tokenizer_object=tok, eos_token='<eos>')
 
-# %% ../nbs/13_presets.ipynb #b1848851
+# %% ../nbs/13_presets.ipynb #8b6810ff
 def chat_prompt(tokenizer, style: str):
     "The function from a problem to the prompt text that ends in `<think>`"
     if style == 'plain': return lambda problem: f'{problem}\n<think>'
@@ -281,7 +283,7 @@ def chat_prompt(tokenizer, style: str):
         turns[style](p), tokenize=False, add_generation_prompt=True)
     return lambda problem: template(problem) + '<think>'
 
-# %% ../nbs/13_presets.ipynb #4ac77ca8
+# %% ../nbs/13_presets.ipynb #12618247
 def text_task(
     cfg: Config,
     tokenizer,        # of transformers
@@ -303,7 +305,7 @@ def text_task(
                 prompt_text=chat_prompt(tokenizer, cfg.prompt_style),
                 max_prompt=cfg.max_prompt, rate=cfg.rate)
 
-# %% ../nbs/13_presets.ipynb #538dad41
+# %% ../nbs/13_presets.ipynb #5d1d881e
 def _read(source, cfg, limit=0):
     if source.endswith(('.jsonl', '.jsonl.gz')): return load_rows(source, limit=limit)
     name, _, split = source.partition('@')
@@ -323,6 +325,7 @@ def test_splits(cfg: Config, sources: list) -> dict:
 
 def _letters(row): return ''.join(c for c in row['problem'].lower() if c.isalnum())
 
+# %% ../nbs/13_presets.ipynb #9e1e9a4e
 def problem_rows(cfg: Config) -> dict:
     "Splits of a word-problem run: train, validation (a tenth, by hash), and one per test file"
     rows = _read(cfg.train, cfg, cfg.limit)
@@ -342,7 +345,7 @@ def problem_rows(cfg: Config) -> dict:
     rows = [r for r in rows if split_of(r['problem']) != 'validation']
     return dict(train=rows, validation=held[:cfg.test_rows or None]) | tests
 
-# %% ../nbs/13_presets.ipynb #4668611a
+# %% ../nbs/13_presets.ipynb #843ef6f4
 def build_task(
     cfg: Config,
     tokenizer=None,    # of a saved run; default: trained on the training rows, or the model's own
@@ -367,7 +370,7 @@ def build_task(
         tokenizer = AutoTokenizer.from_pretrained(cfg.model)
     return text_task(cfg, tokenizer, rows), tokenizer
 
-# %% ../nbs/13_presets.ipynb #a40a0a2c
+# %% ../nbs/13_presets.ipynb #708f5485
 def device_of(cfg: Config) -> str:
     "Where a run happens"
     if cfg.device != 'auto': return cfg.device

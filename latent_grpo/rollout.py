@@ -66,7 +66,7 @@ def step_inputs(
     if latent.any(): weights[latent] = mixture_weights(scores[latent], sampling.select(latent))
     return mix(embed, ids[:, :K], weights)
 
-# %% ../nbs/06_rollout.ipynb #9029b9fa
+# %% ../nbs/06_rollout.ipynb #7b3ebfd0
 def pad_left(prompts: list) -> tuple:
     "Token lists to ids [B, P] and mask [B, P], padded on the left"
     if not prompts or not all(prompts):
@@ -84,6 +84,7 @@ def _read_prompts(model, prompts, G):
     cache.batch_repeat_interleave(G)
     return ids, mask, logits, cache
 
+# %% ../nbs/06_rollout.ipynb #ff412fc9
 class _Phase:
     "Which phase each unfinished row is in: thinking, owing the rest of the end marker, or speaking"
     def __init__(self, N, thinking, marker, device):
@@ -100,7 +101,7 @@ class _Phase:
         self.thinking = self.thinking & (kind == LATENT)
     def select(self, rows): self.thinking, self.owed = self.thinking[rows], self.owed[rows]
 
-# %% ../nbs/06_rollout.ipynb #a5abc19e
+# %% ../nbs/06_rollout.ipynb #b6625ab7
 @torch.no_grad()
 def generate(
     model,                    # a `LatentLM`
@@ -142,6 +143,7 @@ def generate(
         logits = model.head(hidden[:, -1])
     return _assemble(record, prompt_ids, prompt_mask, ended.to(device), rows, seed)
 
+# %% ../nbs/06_rollout.ipynb #7da125b8
 def _assemble(record, prompt_ids, prompt_mask, ended, rows, seed) -> Rollout:
     "Join the steps, each of which knows which rows were alive"
     N, T, S = len(rows), len(record), record[0][1].shape[1]
@@ -155,7 +157,7 @@ def _assemble(record, prompt_ids, prompt_mask, ended, rows, seed) -> Rollout:
                          'the policy has diverged or its weights are broken')
     return Rollout(prompt_ids, prompt_mask, ended=ended, rows=rows, seed=seed, **out)
 
-# %% ../nbs/06_rollout.ipynb #fae88fb3
+# %% ../nbs/06_rollout.ipynb #6ef52e43
 def replay_states(
     model, r: Rollout, sampling: Sampling,
 ) -> Tensor:              # [N, T, D]: the state from which each step was drawn
@@ -170,6 +172,7 @@ def replay_states(
     mask = torch.cat([r.prompt_mask.repeat_interleave(G, 0), r.response_mask[:, :-1]], 1)
     return model.hidden(torch.cat([prompt, steps], 1), mask)[0][:, P - 1:]
 
+# %% ../nbs/06_rollout.ipynb #d152e6f1
 def replay_logps(
     model, r: Rollout, sampling: Sampling,
     advantages: Tensor | None = None,   # [N, T], needed by the released estimator
@@ -191,7 +194,7 @@ def replay_logps(
            for x in pieces]
     return torch.zeros_like(r.logps).index_put(at, torch.cat(out))
 
-# %% ../nbs/06_rollout.ipynb #a9115dab
+# %% ../nbs/06_rollout.ipynb #bfccde1f
 def select_groups(
     r: Rollout,
     groups: Tensor,    # [B'] indices of prompts

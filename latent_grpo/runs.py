@@ -33,7 +33,7 @@ class RunLog:
         if self.path:
             with open(self.path, 'a') as f: f.write(json.dumps(metrics) + '\n')
 
-# %% ../nbs/14_runs.ipynb #b13b6fcb
+# %% ../nbs/14_runs.ipynb #a0188111
 def _optimizer_tensors(opt):
     "The state of an optimiser as a flat dict of tensors"
     return {f'{i}.{k}': torch.as_tensor(v).contiguous()
@@ -46,6 +46,7 @@ def _restore_optimizer(opt, tensors):
         state.setdefault(int(i), {})[key] = value
     opt.load_state_dict(dict(state=state, param_groups=opt.state_dict()['param_groups']))
 
+# %% ../nbs/14_runs.ipynb #5d61b56c
 def write_folder(
     path: Path,     # the folder to make; replaced when it exists
     write,          # function that fills the folder it is given
@@ -59,6 +60,7 @@ def write_folder(
     shutil.rmtree(path, ignore_errors=True)
     os.replace(aside, path)
 
+# %% ../nbs/14_runs.ipynb #4d3d3014
 def save_checkpoint(
     out: Path,         # folder of the run
     model, opt,
@@ -73,6 +75,7 @@ def save_checkpoint(
     write_folder(Path(out)/f"checkpoint-{state['step']:06d}", write)
     for old in sorted(Path(out).glob('checkpoint-*'))[:-keep]: shutil.rmtree(old)
 
+# %% ../nbs/14_runs.ipynb #a35051de
 def load_checkpoint(
     out: Path, model, opt=None,
 ) -> dict | None:      # the counters; None when there is no checkpoint
@@ -83,7 +86,7 @@ def load_checkpoint(
     if opt is not None: _restore_optimizer(opt, load_file(str(found[-1]/'optimizer.safetensors')))
     return json.loads((found[-1]/'state.json').read_text())
 
-# %% ../nbs/14_runs.ipynb #12506572
+# %% ../nbs/14_runs.ipynb #b5b6e0ba
 def provenance(
     seeds: list,
     command: str | None = None,    # default: the command line of this process
@@ -100,7 +103,7 @@ def provenance(
                 date=time.strftime('%Y-%m-%d'),
                 versions=dict(python=platform.python_version(), torch=torch.__version__))
 
-# %% ../nbs/14_runs.ipynb #0bfba7d5
+# %% ../nbs/14_runs.ipynb #bb0f84dd
 @contextmanager
 def interruptible():
     "Yields a function that tells whether Ctrl-C was pressed; a second Ctrl-C interrupts at once"

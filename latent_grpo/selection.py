@@ -9,7 +9,7 @@ __all__ = ['beginning_logps', 'first_step_mask']
 import torch
 from torch import Tensor
 
-# %% ../nbs/11_selection.ipynb #f67b4fa4
+# %% ../nbs/11_selection.ipynb #bf7926ef
 def beginning_logps(
     logps: Tensor,     # [N, T] log-probability of each step when it was drawn
     mask: Tensor,      # [N, T] bool: the actions
@@ -19,6 +19,7 @@ def beginning_logps(
     if variant != 'released': return logps[:, 0]
     return (logps * mask).sum(1) / mask.sum(1).clamp(min=1)
 
+# %% ../nbs/11_selection.ipynb #aaa401b9
 def first_step_mask(
     advantages: Tensor,    # [B, G]
     correct: Tensor,       # [B, G] bool

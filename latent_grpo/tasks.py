@@ -106,7 +106,7 @@ def chain_rows(
             seen.add(row['problem'])
     raise ValueError(f'sizes={sizes}: not enough distinct problems modulo {modulus}; ask for fewer')
 
-# %% ../nbs/01_tasks.ipynb #102d10a7
+# %% ../nbs/01_tasks.ipynb #95e43d29
 FIELDS = ('problem', 'answer')
 
 def check_row(
@@ -128,6 +128,7 @@ def _parse(line, where):
     except json.JSONDecodeError as e:
         raise ValueError(f'{where}: not valid JSON ({e.msg})') from None
 
+# %% ../nbs/01_tasks.ipynb #d2119602
 def load_rows(
     path: str | Path,    # .jsonl or .jsonl.gz
     drop: str = '',      # leave out rows in which this field is true (e.g. 'in_aug_valid')
@@ -149,7 +150,7 @@ def load_rows(
     if not rows: raise ValueError(f'{path.name}: no rows; expected one JSON object a line')
     return rows
 
-# %% ../nbs/01_tasks.ipynb #a38ed39f
+# %% ../nbs/01_tasks.ipynb #08923738
 def load_hub(
     name: str,                    # dataset id on the Hugging Face hub
     split: str = 'train',
@@ -168,7 +169,7 @@ def load_hub(
     return [check_row({**r, **{o: r[t] for o, t in columns.items()}}, f'{name}[{split}] row {i}')
             for i, r in enumerate(data)]
 
-# %% ../nbs/01_tasks.ipynb #526fcc9a
+# %% ../nbs/01_tasks.ipynb #80819f8e
 # Weight of the j-th content token in a group of n (ours): unequal, so that the order of the parts
 # can be read back.
 LABEL_WEIGHTS = {1: (1.,), 2: (.55, .45), 3: (.25, .30, .45)}
@@ -191,7 +192,7 @@ def compress(
         if content: labels.append((content, label_weights(len(content))))
     return labels
 
-# %% ../nbs/01_tasks.ipynb #1c29e3f5
+# %% ../nbs/01_tasks.ipynb #42d94c0e
 def exact_match(
     text: str,     # what the model answered
     answer: str,   # the row's answer
@@ -200,6 +201,7 @@ def exact_match(
     "Right when the answer is, letter for letter, the expected one"
     return text.strip() == answer.strip()
 
+# %% ../nbs/01_tasks.ipynb #38599129
 @dataclass
 class Task:
     "Problems joined to a tokenizer: all that training and evaluation need to know of a task"
@@ -259,7 +261,7 @@ class Task:
         text = self.answer_text(ids) if ended else None
         return float(text is not None and self.grade(text, row['answer'], row['id']))
 
-# %% ../nbs/01_tasks.ipynb #824eb901
+# %% ../nbs/01_tasks.ipynb #487d60ce
 class WordVocab:
     "A tokenizer whose tokens are whole words separated by spaces"
     def __init__(self, words):
@@ -274,6 +276,7 @@ class WordVocab:
 
 FILLER = ('let', ':', 'and', 'so', '=')
 
+# %% ../nbs/01_tasks.ipynb #23872b53
 def chain_task(
     sizes: dict | None = None,   # rows per split
     modulus: int = 7,

@@ -320,7 +320,7 @@ def score_policy(
             out.setdefault(split, {})[name] = {k: v for k, v in score.items() if k != 'correct'}
     return out
 
-# %% ../nbs/15_train.ipynb #b212497d
+# %% ../nbs/15_train.ipynb #310292f6
 def prepare(cfg: Config, out: Path, bar: bool = True):
     "Supervised start of a configuration, saved as out/init"
     task, tokenizer = build_task(cfg)
@@ -342,6 +342,7 @@ def _same_run(out: Path, cfg: Config):
             raise ValueError(f'{out}: holds a run with {k}={saved.get(k)!r}, not {wanted[k]!r}; '
                              'name another --out')
 
+# %% ../nbs/15_train.ipynb #f5dbc9e6
 def run(
     cfg: Config,
     out: Path,                  # folder of the run
@@ -370,6 +371,7 @@ def run(
     (out/'scores.json').write_text(json.dumps(scores, indent=1))
     return scores
 
+# %% ../nbs/15_train.ipynb #30b1a952
 def _tokenizer(path):
     if not (path/'tokenizer').exists(): return None
     from transformers import AutoTokenizer
