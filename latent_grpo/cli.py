@@ -162,13 +162,13 @@ def _presets(args):
             value, source = PRESETS[name].get(f.name, (f.default, 'default'))
             if f.name in PRESETS[name] or args.name: print(f'  {f.name:18}{value!r:34}{source}')
 
-# %% ../nbs/18_cli.ipynb #0cdd5433
+# %% ../nbs/18_cli.ipynb #047d4dda
 def main(argv: list | None = None) -> int:    # exit status: 0, or 2 after a clear message
     "Entry point of `latent-grpo`"
     args = parser().parse_args(argv)
     runs = dict(train=_train, eval=_eval, compare=_compare, demo=_compare, presets=_presets)
     try: runs[args.command](args)
-    except (ValueError, OSError, RuntimeError) as e:
+    except (ValueError, OSError, RuntimeError, ImportError) as e:
         print(f'latent-grpo: {e}', file=sys.stderr)
         return 2
     except KeyboardInterrupt:

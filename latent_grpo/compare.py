@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['NAMES', 'COLUMNS', 'run_seeds', 'table_rows', 'table_text', 'compare', 'draw']
 
-# %% ../nbs/17_compare.ipynb #c58392bd
+# %% ../nbs/17_compare.ipynb #54873a44
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from importlib.util import find_spec
 from pathlib import Path
 import json, multiprocessing, time
 import torch
@@ -143,7 +144,7 @@ def table_text(rows: list) -> str:
         lines.append(f"| {r['method']} | {cells} |")
     return '\n'.join(lines)
 
-# %% ../nbs/17_compare.ipynb #9ce87390
+# %% ../nbs/17_compare.ipynb #228974b4
 def compare(
     out: Path,             # folder: runs, results.json, figure.png and figure.svg
     preset: str = 'toy',
@@ -154,6 +155,8 @@ def compare(
     **overrides,
 ) -> list:                 # rows of the table
     "Run the methods, print one table, save one figure and everything that is needed to redraw them"
+    if not find_spec('matplotlib'):
+        raise ImportError('the figure needs matplotlib: pip install "latent_grpo[plots]"')
     out, begun = Path(out), time.time()
     results = run_seeds(preset, list(methods), list(seeds), out, workers, bar, **overrides)
     split = next(k for k, v in results[0]['scores'].items() if 'noise_free' in v)

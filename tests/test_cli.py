@@ -152,3 +152,9 @@ def test_reduced_run_on_real_problems(tmp_path):
     files = [DATA / f"{name}.jsonl" for name in names]
     if not all(f.exists() for f in files): pytest.skip("set LATENT_GRPO_DATA to a folder with them")
     reduced_run(tmp_path, *files)
+
+
+def test_a_comparison_without_matplotlib_is_refused_before_it_runs(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr("latent_grpo.compare.find_spec", lambda name: None)
+    assert main(["demo", "--out", str(tmp_path)]) == 2
+    assert "latent_grpo[plots]" in capsys.readouterr().err
