@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NAMES', 'COLUMNS', 'run_seeds', 'table_rows', 'table_text', 'compare', 'draw']
 
-# %% ../nbs/17_compare.ipynb #54873a44
+# %% ../nbs/17_compare.ipynb #acd50162
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,7 +16,7 @@ from .evaluate import seed_interval
 from .plots import plot_comparison, save_figure
 from .presets import Config, make_config
 from .runs import provenance
-from .train import load_policy, prepare, run, score_policy
+from .train import load_policy, prepare, run, same_run, score_policy
 
 # %% ../nbs/17_compare.ipynb #191ddad1
 NAMES = {'explicit-start': 'explicit SFT', 'latent-start': 'initialisation',
@@ -24,21 +24,15 @@ NAMES = {'explicit-start': 'explicit SFT', 'latent-start': 'initialisation',
          'paper': 'Latent-GRPO (paper)', 'released': 'Latent-GRPO (released)',
          'exact': 'exact score (ours)', 'centred': 'centred score (ours)'}
 
-# %% ../nbs/17_compare.ipynb #479287e6
-def _finished(out: Path, cfg: Config, policy: str):
+# %% ../nbs/17_compare.ipynb #6a695560
+def _finished(out: Path, cfg: Config):
     "Scores of a run that is already there, or None; other settings in the same folder are an error"
-    if not (out/'scores.json').exists(): return None
-    saved, wanted = (json.loads(x) for x in ((out/policy/'config.json').read_text(),
-                                             json.dumps(vars(cfg))))
-    differ = [k for k in wanted if saved.get(k) != wanted[k]]
-    if not differ: return json.loads((out/'scores.json').read_text())
-    k = differ[0]
-    raise ValueError(f'{out}: holds a run with {k}={saved.get(k)!r}, not {wanted[k]!r}; '
-                     'name another --out')
+    same_run(out, cfg)
+    return json.loads((out/'scores.json').read_text()) if (out/'scores.json').exists() else None
 
 def _start(cfg: Config, out: Path):
     "Supervised start of one kind and its scores; kept when it is already there"
-    if scores := _finished(out, cfg, 'init'): return scores
+    if scores := _finished(out, cfg): return scores
     begun = time.time()
     prepare(cfg, out, bar=False)
     minutes = dict(training=(time.time() - begun) / 60)
@@ -48,10 +42,10 @@ def _start(cfg: Config, out: Path):
     (out/'scores.json').write_text(json.dumps(scores))
     return scores
 
-# %% ../nbs/17_compare.ipynb #21866b82
+# %% ../nbs/17_compare.ipynb #073acdb8
 def _method(cfg: Config, out: Path, init: Path):
     "One method from a given start; kept when it is already there"
-    return _finished(out, cfg, 'policy') or run(cfg, out, init, resume=True, bar=False)
+    return _finished(out, cfg) or run(cfg, out, init, resume=True, bar=False)
 
 def _one_thread(): torch.set_num_threads(1)
 

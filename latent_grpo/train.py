@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ARCHITECTURE', 'FREE', 'training_row', 'draw_groups', 'valid_of', 'step_advantages', 'policy_loss', 'split', 'update',
            'make_optimizer', 'train_step', 'train_rl', 'validation', 'save_policy', 'load_policy', 'empty_model',
-           'supervised_start', 'score_policy', 'prepare', 'run']
+           'supervised_start', 'score_policy', 'prepare', 'same_run', 'run']
 
 # %% ../nbs/15_train.ipynb #dcadddc8
 from functools import lru_cache
@@ -197,7 +197,12 @@ def _show(progress, row):
     progress.set_postfix(reward=f"{row['reward']:.2f}", length=f'{length:.1f}',
                          invalid=f"{row['invalid']:.2f}")
 
-# %% ../nbs/15_train.ipynb #c4b92d9a
+# %% ../nbs/15_train.ipynb #94f0f7d1
+def _full_precision(dtype, cfg):
+    if dtype != torch.float32:
+        raise ValueError(f'dtype={dtype}: a step of lr={cfg.lr} is lost in the rounding of such '
+                         'weights; train with dtype=float32')
+
 def train_rl(
     model,                     # trained in place
     task, cfg: Config,
@@ -206,9 +211,7 @@ def train_rl(
     bar: bool = True,
 ) -> list:                     # one dict of metrics per step
     "Group relative policy optimisation of one configuration"
-    if model.embed.dtype != torch.float32:
-        raise ValueError(f'dtype={cfg.dtype}: a step of lr={cfg.lr} is lost in the rounding of '
-                         f'{model.embed.dtype} weights; train with dtype=float32')
+    _full_precision(model.embed.dtype, cfg)
     if out and not resume and list(Path(out).glob('checkpoint-*')):
         raise ValueError(f'out={out}: holds checkpoints of another run; go on with --resume, '
                          'or name another folder')
@@ -320,7 +323,7 @@ def score_policy(
             out.setdefault(split, {})[name] = {k: v for k, v in score.items() if k != 'correct'}
     return out
 
-# %% ../nbs/15_train.ipynb #310292f6
+# %% ../nbs/15_train.ipynb #6f4990a6
 def prepare(cfg: Config, out: Path, bar: bool = True):
     "Supervised start of a configuration, saved as out/init"
     task, tokenizer = build_task(cfg)
@@ -330,7 +333,11 @@ def prepare(cfg: Config, out: Path, bar: bool = True):
 
 FREE = ('steps', 'eval_every', 'eval_samples', 'save_every', 'device')   # may change on resume
 
-def _same_run(out: Path, cfg: Config):
+def same_run(
+    out: Path,
+    cfg: Config,
+    free: tuple = (),    # fields that may differ
+):
     "Write the settings of a new run, or refuse to go on with a run of other settings"
     wanted = json.loads(json.dumps(vars(cfg)))
     if not (out/'config.json').exists():
@@ -338,11 +345,11 @@ def _same_run(out: Path, cfg: Config):
         (out/'config.json').write_text(json.dumps(wanted, indent=1))
     saved = json.loads((out/'config.json').read_text())
     for k in wanted:
-        if k not in FREE and saved.get(k) != wanted[k]:
+        if k not in free and saved.get(k) != wanted[k]:
             raise ValueError(f'{out}: holds a run with {k}={saved.get(k)!r}, not {wanted[k]!r}; '
                              'name another --out')
 
-# %% ../nbs/15_train.ipynb #f5dbc9e6
+# %% ../nbs/15_train.ipynb #1d170a48
 def run(
     cfg: Config,
     out: Path,                  # folder of the run
@@ -352,9 +359,10 @@ def run(
 ) -> dict:                      # scores per split; also in out/scores.json
     "Supervised start, reinforcement learning and evaluation of one configuration"
     out, start = Path(out), time.time()
+    _full_precision(getattr(torch, cfg.dtype), cfg)     # before anything is loaded
     if not resume and any((out/name).exists() for name in ('init', 'log.jsonl', 'policy')):
         raise ValueError(f'out={out}: holds a run already; go on with --resume, or name another')
-    _same_run(out, cfg)
+    same_run(out, cfg, FREE)
     if init is None and not (out/'init').exists(): prepare(cfg, out, bar)
     init = Path(init) if init else out/'init'
     settings = {k: v for k, v in vars(cfg).items() if k not in ARCHITECTURE}

@@ -353,3 +353,20 @@ def test_training_in_half_precision_is_refused():
     cfg, task = config(), word_task()
     with pytest.raises(ValueError, match="train with dtype=float32"):
         train_rl(tiny().to(torch.bfloat16), task, cfg, bar=False)
+
+
+def test_a_kept_run_of_a_comparison_must_have_the_same_settings(tmp_path):
+    from latent_grpo.compare import _finished
+    cfg = config(steps=1)
+    assert _finished(tmp_path, cfg) is None
+    (tmp_path / "scores.json").write_text('{"test": 1}')
+    assert _finished(tmp_path, cfg) == {"test": 1}
+    cfg.steps = 2
+    with pytest.raises(ValueError, match="holds a run with steps=1, not 2"):
+        _finished(tmp_path, cfg)
+
+
+def test_half_precision_is_refused_before_a_model_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr("latent_grpo.train.prepare", forbidden)
+    with pytest.raises(ValueError, match="train with dtype=float32"):
+        run(make_config("paper-low", train="x.jsonl"), tmp_path, bar=False)

@@ -15,7 +15,8 @@ README = (ROOT / "README.md").read_text("utf-8")
 
 
 def test_links_lead_somewhere():
-    links = re.findall(r"\]\(([^)#\s]+)\)", README)
+    links = re.findall(r"\]\(([^)#\s]+)\)|src=\"([^\"]+)\"", README)
+    links = [a or b for a, b in links]
     assert len(links) > 20
     missing = [x for x in links if "://" not in x and not (ROOT / x).exists()]
     assert not missing
