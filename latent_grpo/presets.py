@@ -7,7 +7,7 @@ __all__ = ['PRESETS', 'METHODS', 'CHOICES', 'PROMPT', 'Config', 'parse_value', '
            'train_tokenizer', 'chat_prompt', 'text_task', 'test_splits', 'problem_rows', 'build_task', 'device_of',
            'build_model']
 
-# %% ../nbs/18_presets.ipynb #517b924f
+# %% ../nbs/18_presets.ipynb #8e79e424
 import ast, difflib, warnings
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -17,10 +17,11 @@ from .model import HFLM, TinyLM
 from .noise import one_sided
 from .sampling import Sampling
 from .tasks import Task, chain_task, load_hub, load_rows, split_of
+from .vanilla import Update
 
-# %% ../nbs/18_presets.ipynb #07a82589
+# %% ../nbs/18_presets.ipynb #3d3eaaad
 @dataclass
-class Config:
+class Config(Update):
     "All settings of a run; the paper's fixes are off (see `METHODS`), sources in `PRESETS`"
     # --- task ---
     task: str = 'chains'        # chains | problems
@@ -35,7 +36,9 @@ class Config:
     most_steps: int = 4
     train_rows: int = 8000
     test_rows: int = 512        # generated validation and test rows; cap on other splits, 0: all
+    several: float = 0.75       # share of generated problems with several correct first steps
     rate: int = 4               # chain tokens per latent label
+    sharpness: float = 1.0      # label weights to this power; above 1: peaked mixtures
     prompt_style: str = 'plain' # plain | low | high (the paper's chat prompts)
     answer_format: str = '{}'
     max_prompt: int = 192
@@ -83,18 +86,10 @@ class Config:
     masking: str = 'off'
     overlong: str = 'unfinished'
     selection: str = 'off'
-    clip_eps: float = 0.2
-    dual_clip: float = 3.0
-    aggregation: str = 'token-mean'
-    kl_coef: float = 0.0
     # --- optimisation ---
     lr: float = 1e-6
     weight_decay: float = 0.01
-    grad_clip: float = 1.0
     steps: int = 40
-    minibatches: int = 4        # updates per batch
-    epochs: int = 1
-    micro_groups: int = 0       # groups per backward pass; 0: a whole minibatch
     eval_every: int = 0         # steps between validations; 0: never
     eval_samples: int = 1       # sampled responses per problem in the final evaluation
     save_every: int = 0         # steps between checkpoints; 0: only at the end
@@ -283,7 +278,7 @@ def chat_prompt(tokenizer, style: str):
         turns[style](p), tokenize=False, add_generation_prompt=True)
     return lambda problem: template(problem) + '<think>'
 
-# %% ../nbs/18_presets.ipynb #12618247
+# %% ../nbs/18_presets.ipynb #e4a5d8a2
 def text_task(
     cfg: Config,
     tokenizer,        # of transformers
@@ -303,7 +298,7 @@ def text_task(
                 grade=is_correct, extract=extract_answer, check_gold=check_gold,
                 answer_format=cfg.answer_format,
                 prompt_text=chat_prompt(tokenizer, cfg.prompt_style),
-                max_prompt=cfg.max_prompt, rate=cfg.rate)
+                max_prompt=cfg.max_prompt, rate=cfg.rate, sharpness=cfg.sharpness)
 
 # %% ../nbs/18_presets.ipynb #5d1d881e
 def _read(source, cfg, limit=0):
@@ -345,7 +340,7 @@ def problem_rows(cfg: Config) -> dict:
     rows = [r for r in rows if split_of(r['problem']) != 'validation']
     return dict(train=rows, validation=held[:cfg.test_rows or None]) | tests
 
-# %% ../nbs/18_presets.ipynb #843ef6f4
+# %% ../nbs/18_presets.ipynb #2fc4db02
 def build_task(
     cfg: Config,
     tokenizer=None,    # of a saved run; default: trained on the training rows, or the model's own
@@ -358,7 +353,8 @@ def build_task(
                              "task='problems', such as gsm8k-tiny")
         sizes = dict(train=cfg.train_rows, validation=cfg.test_rows, test=cfg.test_rows)
         steps = (cfg.min_steps, cfg.most_steps)
-        return chain_task(sizes, cfg.modulus, cfg.slots, steps=steps), None
+        task = chain_task(sizes, cfg.modulus, cfg.slots, steps=steps, several=cfg.several)
+        return replace(task, sharpness=cfg.sharpness), None
     if rows is None and not cfg.train:
         raise ValueError("train='': name a .jsonl file or a hub dataset (--data FILE)")
     rows = problem_rows(cfg) if rows is None else rows

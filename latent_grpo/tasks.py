@@ -169,7 +169,7 @@ def load_hub(
     return [check_row({**r, **{o: r[t] for o, t in columns.items()}}, f'{name}[{split}] row {i}')
             for i, r in enumerate(data)]
 
-# %% ../nbs/01_tasks.ipynb #80819f8e
+# %% ../nbs/01_tasks.ipynb #a9911c77
 # Weight of the j-th content token in a group of n (ours): unequal, so that the order of the parts
 # can be read back.
 LABEL_WEIGHTS = {1: (1.,), 2: (.55, .45), 3: (.25, .30, .45)}
@@ -184,12 +184,14 @@ def compress(
     ids: list,                    # token ids of a chain
     rate: int,                    # r: tokens per latent
     filler: frozenset = frozenset(),   # ids that get no weight
+    sharpness: float = 1.0,       # weights to this power: above 1, one part outweighs the others
 ) -> list:                        # [(ids, weights)] per latent; weights of each sum to 1
     "Cut a chain into groups of `rate` tokens and make each group one weighted label (ours)"
     labels = []
     for start in range(0, len(ids), rate):
         content = list(dict.fromkeys(i for i in ids[start:start + rate] if i not in filler))
-        if content: labels.append((content, label_weights(len(content))))
+        powers = [w**sharpness for w in label_weights(len(content))] if content else []
+        if content: labels.append((content, tuple(w / sum(powers) for w in powers)))
     return labels
 
 # %% ../nbs/01_tasks.ipynb #42d94c0e
@@ -201,7 +203,7 @@ def exact_match(
     "Right when the answer is, letter for letter, the expected one"
     return text.strip() == answer.strip()
 
-# %% ../nbs/01_tasks.ipynb #38599129
+# %% ../nbs/01_tasks.ipynb #c24bc7e0
 @dataclass
 class Task:
     "Problems joined to a tokenizer: all that training and evaluation need to know of a task"
@@ -220,6 +222,7 @@ class Task:
     max_prompt: int = 192            # tokens
     rate: int = 4                    # r: chain tokens per latent label
     filler: frozenset = field(default_factory=frozenset)
+    sharpness: float = 1.0           # of the label weights, see `compress`
 
     def prompt(self, row: dict) -> list:
         "Token ids of the prompt; a `ValueError` names the row when it is over `max_prompt`"
@@ -247,7 +250,7 @@ class Task:
 
     def latent_target(self, row: dict) -> tuple:
         "Latent labels [(ids, weights)] of the chain, and the token ids that follow them"
-        return compress(self._chain(row), self.rate, self.filler), self._tail(row)
+        return compress(self._chain(row), self.rate, self.filler, self.sharpness), self._tail(row)
 
     def answer_text(self, ids: list) -> str | None:
         "Text after the first end marker in a response; None when the marker never came"

@@ -12,7 +12,7 @@ from latent_grpo.presets import sampling_of
 from latent_grpo.rollout import generate
 from latent_grpo.sampling import Sampling, mixture_weights
 from latent_grpo.selection import first_step_mask
-from latent_grpo.train import policy_loss
+from latent_grpo.vanilla import policy_loss
 
 REWARDS = (rand(40, 8, seed=1) > 0.3).float()    # groups of all kinds, all-wrong ones among them
 VALID = rand(40, 8, seed=2) > -0.5

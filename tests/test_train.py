@@ -12,12 +12,13 @@ import pytest
 import torch
 
 from helpers import METHODS, config, started, word_task
-from latent_grpo import train
+from latent_grpo import train, vanilla
 from latent_grpo.presets import sampling_of
 from latent_grpo.rollout import replay_logps, select_groups
 from latent_grpo.runs import load_checkpoint
 from latent_grpo.train import (draw_groups, load_policy, make_optimizer, run, step_advantages,
-                               train_rl, train_step, update)
+                               train_rl, train_step)
+from latent_grpo.vanilla import rl_step, update
 
 TASK = word_task()
 STARTS = {latent: started(TASK, latent) for latent in (True, False)}
@@ -47,6 +48,7 @@ def updated(cfg, model, r, rewards, update=update, lr=0.1, **kwargs):
     model = copy.deepcopy(model)    # SGD: Adam would blow up the rounding of tiny gradients
     opt = torch.optim.SGD(make_optimizer(model, cfg).param_groups[0]["params"], lr=lr)
     s = sampling_of(cfg, TASK.end_latent_ids[0])
+    if update is vanilla.update: rewards = step_advantages(r, rewards, cfg)
     metrics = update(model, opt, r, rewards, cfg, s, **kwargs)
     return weights(model), metrics
 
@@ -124,6 +126,22 @@ def plain_grpo(model, opt, r, rewards, cfg, sampling):
         loss[part.response_mask].mean().backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         opt.step()
+
+
+@pytest.mark.parametrize("method", ["vanilla", "explicit"])
+def test_the_loop_of_the_lessons_is_the_trainer(method):
+    cfg = config(method, max_extra=0)
+    model, other = fresh(cfg).eval(), fresh(cfg).eval()
+    opt, other_opt = make_optimizer(model, cfg), make_optimizer(other, cfg)
+    state = dict(step=0, position=0)
+    s = sampling_of(cfg, TASK.end_latent_ids[0])
+    for _ in range(2):
+        train_step(model, opt, TASK, cfg, state)
+        rl_step(other, other_opt, TASK, state["position"] - cfg.prompts, s, cfg,
+                prompts=cfg.prompts, group_size=cfg.group_size, max_groups=cfg.groups,
+                max_steps=cfg.max_steps, thinking=cfg.latent, seed=cfg.seed)
+        assert torch.equal(weights(model), weights(other))
+    assert not torch.equal(weights(model), weights(fresh(cfg)))
 
 
 @pytest.mark.parametrize("method", ["vanilla", "explicit"])
@@ -211,7 +229,7 @@ def test_ratio_is_one_before_the_first_update(method):
 def test_a_trainer_that_disagrees_with_the_sampler_is_stopped(monkeypatch):
     cfg = config()
     model = fresh(cfg)
-    monkeypatch.setattr(train, "replay_logps", lambda *a: replay_logps(*a) + 0.1)
+    monkeypatch.setattr(vanilla, "replay_logps", lambda *a: replay_logps(*a) + 0.1)
     with pytest.raises(RuntimeError, match="sampler and trainer disagree"):
         train_rl(model, TASK, cfg, bar=False)
 
@@ -220,13 +238,13 @@ def test_a_trainer_that_disagrees_with_the_sampler_is_stopped(monkeypatch):
 
 def broken(monkeypatch, *bad):
     """Make the loss of some calls, counted from 0, not a number."""
-    calls, honest = itertools.count(), train.policy_loss
+    calls, honest = itertools.count(), vanilla.policy_loss
 
     def policy_loss(*args):
         loss, metrics = honest(*args)
         return (loss * math.nan if next(calls) in bad or not bad else loss), metrics
 
-    monkeypatch.setattr(train, "policy_loss", policy_loss)
+    monkeypatch.setattr(vanilla, "policy_loss", policy_loss)
 
 
 def test_a_bad_gradient_is_skipped_and_counted(monkeypatch):
