@@ -23,7 +23,7 @@ EXAMPLES = '''examples:
   latent-grpo compare --preset toy --seeds 0-4 --out runs/toy
   latent-grpo presets toy'''
 
-# %% ../nbs/25_cli.ipynb #0503c2bf
+# %% ../nbs/25_cli.ipynb #a6d7fd75
 def _settings(pairs):
     "['lr=1e-4', ...] to {'lr': '1e-4', ...}"
     for p in pairs:
@@ -31,6 +31,12 @@ def _settings(pairs):
     settings = dict(p.split('=', 1) for p in pairs)
     if 'seed' in settings: raise ValueError('--set seed: use --seed or --seeds')
     return {k: parse_value(k, v) for k, v in settings.items()}
+
+def _grid(pairs):
+    "['lr=1e-4,1e-5', ...] to {'lr': ['1e-4', '1e-5'], ...}"
+    for p in pairs:
+        if '=' not in p: raise ValueError(f'--vary {p}: write it as name=value,value')
+    return {k: v.split(',') for k, v in (p.split('=', 1) for p in pairs)}
 
 def _seeds(text):
     "'0-4' or '0,3,7' to a list"
@@ -65,7 +71,7 @@ def _train_options(add):
     p.add_argument('--resume', action='store_true',
                    help='go on from the newest checkpoint in --out')
 
-# %% ../nbs/25_cli.ipynb #43b5a3cd
+# %% ../nbs/25_cli.ipynb #bb86d014
 def _eval_options(add):
     "Scores of a saved policy"
     p = add('eval', 'Pass@1 of a saved policy on problem files, with intervals', '')
@@ -81,6 +87,8 @@ def _compare_options(add):
     p.add_argument('--preset', default='toy', help=', '.join(PRESETS))
     p.add_argument('--methods', default='explicit,vanilla,paper,released,exact,centred')
     p.add_argument('--seeds', default='0', help='0-4 or 0,3,7')
+    p.add_argument('--vary', action='append', default=[], metavar='NAME=V1,V2',
+                   help='run every method at each of these values; may be repeated')
     p.add_argument('--workers', type=int, default=2,
                    help='parallel processes of one thread each')
     p.add_argument('--data', default='', help='training problems, as for train')
@@ -140,7 +148,7 @@ def _eval(args):
         note = scores | dict(made=provenance([args.seed]))
         (Path(args.out)/'scores.json').write_text(json.dumps(note, indent=1))
 
-# %% ../nbs/25_cli.ipynb #6dbf33c1
+# %% ../nbs/25_cli.ipynb #926c0636
 def _compare(args):
     from latent_grpo.compare import compare, table_text
     settings = _settings(args.set)
@@ -148,10 +156,11 @@ def _compare(args):
     else:
         preset, settings = args.preset, _files(args) | settings
         runs = dict(methods=args.methods.split(','), seeds=_seeds(args.seeds),
-                    workers=args.workers)
+                    workers=args.workers, vary=_grid(args.vary))
     rows = compare(Path(args.out), preset, bar=not args.quiet, **settings, **runs)
     print(table_text(rows))
-    print(f'\nfigure: {args.out}/figure.png   numbers: {args.out}/results.json')
+    figure = '' if runs.get('vary') else f'figure: {args.out}/figure.png   '
+    print(f'\n{figure}numbers: {args.out}/results.json')
 
 def _presets(args):
     from latent_grpo.presets import make_config

@@ -154,10 +154,13 @@ PRESETS = {
         save_every=(20, 'ours'), eval_every=(20, 'ours')),
 }
 
-# %% ../nbs/18_presets.ipynb #6713be67
+# %% ../nbs/18_presets.ipynb #7e2d0c1c
 METHODS = {
     'explicit': dict(latent=False),
     'vanilla': dict(noise='two-sided', estimator='none', masking='off', selection='off'),
+    'masked': dict(masking='paper'),
+    'one-sided': dict(noise='one-sided', estimator='aligned'),
+    'first-token': dict(selection='paper'),
     'paper': dict(noise='one-sided', estimator='aligned', masking='paper', selection='paper'),
     'released': dict(noise='one-sided', delta=0.0, estimator='released', masking='released',
                      selection='released', overlong='length', end_rule='argmax',
@@ -200,7 +203,7 @@ def parse_value(
         raise ValueError(f'{name}={text!r}: expected {kind.__name__}, like {default!r}')
     return float(value) if kind is float else value
 
-# %% ../nbs/18_presets.ipynb #82781bd9
+# %% ../nbs/18_presets.ipynb #b7c17b6f
 def validate(
     cfg: Config,
 ) -> Config:       # the same, or a `ValueError` that names the field, the value and the remedy
@@ -209,7 +212,9 @@ def validate(
         if getattr(cfg, name) not in allowed:
             raise ValueError(f'{name}={getattr(cfg, name)!r}: choose one of {allowed}')
     if cfg.dual_clip <= 1: raise ValueError(f'dual_clip={cfg.dual_clip}: must be above 1')
-    if cfg.lr <= 0: raise ValueError(f'lr={cfg.lr}: must be positive')
+    for name in ('lr', 'sharpness'):
+        if (v := getattr(cfg, name)) <= 0: raise ValueError(f'{name}={v}: must be positive')
+    if not 0 <= cfg.several <= 1: raise ValueError(f'several={cfg.several}: must be in [0, 1]')
     for name in ('group_size', 'prompts', 'groups', 'minibatches', 'epochs', 'max_steps',
                  'eval_samples'):
         value = getattr(cfg, name)
@@ -340,7 +345,7 @@ def problem_rows(cfg: Config) -> dict:
     rows = [r for r in rows if split_of(r['problem']) != 'validation']
     return dict(train=rows, validation=held[:cfg.test_rows or None]) | tests
 
-# %% ../nbs/18_presets.ipynb #2fc4db02
+# %% ../nbs/18_presets.ipynb #4ba78409
 def build_task(
     cfg: Config,
     tokenizer=None,    # of a saved run; default: trained on the training rows, or the model's own
@@ -352,8 +357,8 @@ def build_task(
             raise ValueError('--data, --test: this preset generates its problems; use one with '
                              "task='problems', such as gsm8k-tiny")
         sizes = dict(train=cfg.train_rows, validation=cfg.test_rows, test=cfg.test_rows)
-        steps = (cfg.min_steps, cfg.most_steps)
-        task = chain_task(sizes, cfg.modulus, cfg.slots, steps=steps, several=cfg.several)
+        task = chain_task(sizes, cfg.modulus, cfg.slots, several=cfg.several,
+                          steps=(cfg.min_steps, cfg.most_steps))
         return replace(task, sharpness=cfg.sharpness), None
     if rows is None and not cfg.train:
         raise ValueError("train='': name a .jsonl file or a hub dataset (--data FILE)")

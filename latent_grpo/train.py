@@ -123,7 +123,7 @@ def _show(progress, row):
     progress.set_postfix(reward=f"{row['reward']:.2f}", length=f'{length:.1f}',
                          invalid=f"{row['invalid']:.2f}")
 
-# %% ../nbs/20_train.ipynb #5d883e1e
+# %% ../nbs/20_train.ipynb #e77cd129
 def _full_precision(dtype, cfg):
     if dtype != torch.float32:
         raise ValueError(f'dtype={dtype}: a step of lr={cfg.lr} is lost in the rounding of such '
@@ -135,6 +135,7 @@ def train_rl(
     out: Path | None = None,   # folder for log and checkpoints; None: keep nothing
     resume: bool = False,      # go on from the newest checkpoint in `out`
     bar: bool = True,
+    reference=None,            # the initial policy; default: a copy, where one is needed
 ) -> list:                     # one dict of metrics per step
     "Group relative policy optimisation of one configuration"
     _full_precision(model.embed.dtype, cfg)
@@ -142,7 +143,8 @@ def train_rl(
         raise ValueError(f'out={out}: holds checkpoints of another run; go on with --resume, '
                          'or name another folder')
     for row in task.rows['train']: task.check(row)      # a bad row is refused now, not hours later
-    reference = copy.deepcopy(model).requires_grad_(False) if cfg.kl_coef else None
+    if reference is None and (cfg.kl_coef or cfg.eval_every):
+        reference = copy.deepcopy(model).requires_grad_(False)
     opt, state = make_optimizer(model, cfg), dict(step=0, position=0)
     if resume and out: state = load_checkpoint(out, model, opt) or state
     log = RunLog(Path(out)/'log.jsonl' if out else None, keep_until=state['step'])
@@ -151,7 +153,7 @@ def train_rl(
     with interruptible() as stopped:
         while state['step'] < cfg.steps and not stopped():
             row = train_step(model, opt, task, cfg, state, reference)
-            if _due(state['step'], cfg.eval_every): row |= validation(model, task, cfg)
+            if _due(state['step'], cfg.eval_every): row |= validation(model, task, cfg, reference)
             log(**row)
             _show(progress, row)
             last = state['step'] == cfg.steps or stopped() or state['skipped'] > 5
@@ -163,12 +165,13 @@ def train_rl(
     progress.close()
     return log.rows
 
-# %% ../nbs/20_train.ipynb #791eb603
-def validation(model, task, cfg: Config) -> dict:
-    "Noise-free Pass@1 on the validation rows"
+# %% ../nbs/20_train.ipynb #9d62ebee
+def validation(model, task, cfg: Config, reference=None) -> dict:
+    "Noise-free Pass@1 on the validation rows, and KL to the initial policy in nats per step"
     s = sampling_of(cfg, task.end_latent_ids[0], noise_free=True)
-    score = evaluate(model, task, task.rows['validation'], s, cfg.latent, max_steps=cfg.max_steps)
-    return dict(validation=score['pass1'])
+    score = evaluate(model, task, task.rows['validation'], s, cfg.latent, max_steps=cfg.max_steps,
+                     reference=reference)
+    return dict(validation=score['pass1'], kl=score['kl'])
 
 # %% ../nbs/20_train.ipynb #a1c0c13b
 # settings that a saved policy keeps
@@ -275,7 +278,7 @@ def same_run(
             raise ValueError(f'{out}: holds a run with {k}={saved.get(k)!r}, not {wanted[k]!r}; '
                              'name another --out')
 
-# %% ../nbs/20_train.ipynb #6e635933
+# %% ../nbs/20_train.ipynb #88799928
 def run(
     cfg: Config,
     out: Path,                  # folder of the run
@@ -294,7 +297,7 @@ def run(
     settings = {k: v for k, v in vars(cfg).items() if k not in ARCHITECTURE}
     model, task, cfg = load_policy(init, **settings)
     reference, prepared = copy.deepcopy(model), time.time()
-    steps = train_rl(model, task, cfg, out, resume, bar)
+    steps = train_rl(model, task, cfg, out, resume, bar, reference)
     if steps and steps[-1]['step'] < cfg.steps: raise KeyboardInterrupt
     trained = time.time()
     save_policy(out/'policy', model, cfg, _tokenizer(init))
