@@ -23,11 +23,12 @@ from .sampling import Sampling
 from .train import load_policy, prepare, run, same_run, score_policy
 from .vanilla import Update
 
-# %% ../nbs/22_compare.ipynb #a95fe977
+# %% ../nbs/22_compare.ipynb #34ccc26e
 NAMES = {'explicit-start': 'explicit SFT', 'latent-start': 'initialisation',
          'explicit': 'explicit GRPO', 'vanilla': 'vanilla latent GRPO',
          'masked': 'masking alone', 'one-sided': 'one-sided noise alone',
-         'first-token': 'first-token selection alone', 'paper': 'Latent-GRPO (paper)', 'released': 'Latent-GRPO (released)',
+         'first-token': 'first-token selection alone',
+         'paper': 'Latent-GRPO (paper)', 'released': 'Latent-GRPO (released)',
          'exact': 'exact score (ours)', 'centred': 'centred score (ours)'}
 CURVES = ('reward', 'invalid', 'support', 'validation', 'kl')    # kept of every step's log
 
