@@ -345,7 +345,7 @@ def problem_rows(cfg: Config) -> dict:
     rows = [r for r in rows if split_of(r['problem']) != 'validation']
     return dict(train=rows, validation=held[:cfg.test_rows or None]) | tests
 
-# %% ../nbs/18_presets.ipynb #4ba78409
+# %% ../nbs/18_presets.ipynb #3252e42a
 def build_task(
     cfg: Config,
     tokenizer=None,    # of a saved run; default: trained on the training rows, or the model's own
@@ -359,7 +359,7 @@ def build_task(
         sizes = dict(train=cfg.train_rows, validation=cfg.test_rows, test=cfg.test_rows)
         task = chain_task(sizes, cfg.modulus, cfg.slots, several=cfg.several,
                           steps=(cfg.min_steps, cfg.most_steps))
-        return replace(task, sharpness=cfg.sharpness), None
+        return replace(task, rate=cfg.rate, sharpness=cfg.sharpness), None
     if rows is None and not cfg.train:
         raise ValueError("train='': name a .jsonl file or a hub dataset (--data FILE)")
     rows = problem_rows(cfg) if rows is None else rows
