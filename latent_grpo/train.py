@@ -231,7 +231,7 @@ def supervised_start(model, task, cfg: Config, out: Path | None = None, bar: boo
                   noise_scale=cfg.label_noise, noise_share=cfg.label_noise_share,
                   log=log and (lambda row: log(**row)))
 
-# %% ../nbs/20_train.ipynb #f18d132a
+# %% ../nbs/20_train.ipynb #8bf423d2
 def score_policy(
     model, task, cfg: Config,
     splits=None,          # names; default: the test splits, or validation if there are none
@@ -249,7 +249,9 @@ def score_policy(
             samples = 1 if noise_free else cfg.eval_samples
             score = evaluate(model, task, task.rows[split], s, cfg.latent, samples,
                              cfg.max_steps, reference=reference, seed=1_000_003 + seed)
-            out.setdefault(split, {})[name] = {k: v for k, v in score.items() if k != 'correct'}
+            right = score.pop('correct').sum(1).astype(int).tolist()
+            if samples > 1: score['counts'] = right      # right answers per problem, for pass@k
+            out.setdefault(split, {})[name] = score
     return out
 
 # %% ../nbs/20_train.ipynb #e0a8533d
