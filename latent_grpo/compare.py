@@ -63,12 +63,12 @@ def _method(cfg: Config, out: Path, init: Path):
 
 def _one_thread(): torch.set_num_threads(1)
 
-# %% ../nbs/22_compare.ipynb #99c6259a
+# %% ../nbs/22_compare.ipynb #e490cdf3
 # settings that a supervised start does not depend on
 _AFTER = {f.name for f in fields(Update)} | {f.name for f in fields(Sampling)} | {
     'group_size', 'prompts', 'groups', 'max_extra', 'max_steps', 'noise', 'delta', 'masking',
     'overlong', 'selection', 'lr', 'weight_decay', 'steps', 'eval_every', 'eval_samples',
-    'save_every'}
+    'eval_max_steps', 'save_every'}
 
 def combinations(vary: dict | None) -> list:    # of dicts
     "Every combination of the values of some settings"

@@ -19,7 +19,7 @@ from .sampling import Sampling
 from .tasks import Task, chain_task, load_hub, load_rows, split_of
 from .vanilla import Update
 
-# %% ../nbs/18_presets.ipynb #3d3eaaad
+# %% ../nbs/18_presets.ipynb #77dbce5a
 @dataclass
 class Config(Update):
     "All settings of a run; the paper's fixes are off (see `METHODS`), sources in `PRESETS`"
@@ -92,6 +92,7 @@ class Config(Update):
     steps: int = 40
     eval_every: int = 0         # steps between validations; 0: never
     eval_samples: int = 1       # sampled responses per problem in the final evaluation
+    eval_max_steps: int = 0     # L_max of evaluations; 0: as in training
     save_every: int = 0         # steps between checkpoints; 0: only at the end
     seed: int = 0
 

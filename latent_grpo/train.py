@@ -165,12 +165,12 @@ def train_rl(
     progress.close()
     return log.rows
 
-# %% ../nbs/20_train.ipynb #9d62ebee
+# %% ../nbs/20_train.ipynb #136935ec
 def validation(model, task, cfg: Config, reference=None) -> dict:
     "Noise-free Pass@1 on the validation rows, and KL to the initial policy in nats per step"
     s = sampling_of(cfg, task.end_latent_ids[0], noise_free=True)
-    score = evaluate(model, task, task.rows['validation'], s, cfg.latent, max_steps=cfg.max_steps,
-                     reference=reference)
+    score = evaluate(model, task, task.rows['validation'], s, cfg.latent,
+                     max_steps=cfg.eval_max_steps or cfg.max_steps, reference=reference)
     return dict(validation=score['pass1'], kl=score['kl'])
 
 # %% ../nbs/20_train.ipynb #a1c0c13b
@@ -231,7 +231,7 @@ def supervised_start(model, task, cfg: Config, out: Path | None = None, bar: boo
                   noise_scale=cfg.label_noise, noise_share=cfg.label_noise_share,
                   log=log and (lambda row: log(**row)))
 
-# %% ../nbs/20_train.ipynb #8bf423d2
+# %% ../nbs/20_train.ipynb #57f66f5b
 def score_policy(
     model, task, cfg: Config,
     splits=None,          # names; default: the test splits, or validation if there are none
@@ -248,13 +248,14 @@ def score_policy(
             s = sampling_of(cfg, task.end_latent_ids[0], noise_free)
             samples = 1 if noise_free else cfg.eval_samples
             score = evaluate(model, task, task.rows[split], s, cfg.latent, samples,
-                             cfg.max_steps, reference=reference, seed=1_000_003 + seed)
+                             cfg.eval_max_steps or cfg.max_steps, reference=reference,
+                             seed=1_000_003 + seed)
             right = score.pop('correct').sum(1).astype(int).tolist()
             if samples > 1: score['counts'] = right      # right answers per problem, for pass@k
             out.setdefault(split, {})[name] = score
     return out
 
-# %% ../nbs/20_train.ipynb #e0a8533d
+# %% ../nbs/20_train.ipynb #be6a445d
 def prepare(cfg: Config, out: Path, bar: bool = True):
     "Supervised start of a configuration, saved as out/init"
     task, tokenizer = build_task(cfg)
@@ -262,7 +263,8 @@ def prepare(cfg: Config, out: Path, bar: bool = True):
     supervised_start(model, task, cfg, out, bar)
     save_policy(out/'init', model, cfg, tokenizer)
 
-FREE = ('steps', 'eval_every', 'eval_samples', 'save_every', 'device')   # may change on resume
+FREE = ('steps', 'eval_every', 'eval_samples', 'eval_max_steps', 'save_every',
+        'device')   # may change on resume
 
 def same_run(
     out: Path,
