@@ -36,7 +36,7 @@ def _percentile(mean, means, level): # Interval from bootstrap means
     if not 0 < level < 1: raise ValueError(f"level must lie between 0 and 1, got {level}")
     return Interval(float(mean), *map(float, np.quantile(means, [(1-level)/2, (1+level)/2])))
 
-# %% ../nbs/17_evaluate.ipynb #b958e5ff
+# %% ../nbs/17_evaluate.ipynb #06f43aca
 def bootstrap_interval(values,     # [problems] score of each problem
                        level=0.95, # share of bootstrap means inside
                        draws=2000, # number of bootstrap draws
@@ -48,7 +48,7 @@ def bootstrap_interval(values,     # [problems] score of each problem
     means = [values[rng.integers(n, size=n)].mean() for _ in range(draws)]
     return _percentile(values.mean(), means, level)
 
-# %% ../nbs/17_evaluate.ipynb #4029409b
+# %% ../nbs/17_evaluate.ipynb #60d16466
 def wilson_interval(successes: int, # right answers
                     trials: int,    # problems, at least 1
                     level=0.95,     # confidence level
@@ -83,7 +83,7 @@ def seed_interval(values,     # [seeds] one score per training run, at least 2
     half = t_quantile(len(values) - 1, level) * values.std(ddof=1) / len(values) ** 0.5
     return Interval(*(float(values.mean() + d) for d in (0, -half, half)))
 
-# %% ../nbs/17_evaluate.ipynb #5ae68e91
+# %% ../nbs/17_evaluate.ipynb #e312db44
 def hierarchical_bootstrap(values,     # [seeds, problems], all seeds on the same problems
                            level=0.95, # share of bootstrap means inside
                            draws=2000, # number of bootstrap draws
@@ -96,7 +96,7 @@ def hierarchical_bootstrap(values,     # [seeds, problems], all seeds on the sam
              for _ in range(draws)]
     return _percentile(values.mean(), means, level)
 
-# %% ../nbs/17_evaluate.ipynb #58057c40
+# %% ../nbs/17_evaluate.ipynb #3d1e7e01
 def pass_at_k(n, # samples of each problem: int or [problems]
               c, # right ones among them: int or [problems]
               k: int, # 1 <= k <= n

@@ -33,6 +33,7 @@ ALLOWED = {
               "selection", "sft", "vanilla"},
     "plots": set(),
     "compare": {"evaluate", "plots", "presets", "runs", "sampling", "train", "vanilla"},
+    "explore": {"evaluate", "masking", "noise", "plots", "sampling"},
     "cli": {"compare", "presets", "runs", "train"},
 }
 
