@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EXAMPLES', 'parser', 'show_scores', 'main']
 
-# %% ../nbs/25_cli.ipynb #f0b577aa
+# %% ../nbs/25_cli.ipynb #f14dfe76
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,7 @@ import argparse, json, sys
 from . import __version__
 from .presets import METHODS, PRESETS, Config, parse_value
 
-# %% ../nbs/25_cli.ipynb #3bfbbe0e
+# %% ../nbs/25_cli.ipynb #a586f776
 EXAMPLES = '''examples:
   latent-grpo demo
   latent-grpo train --preset toy --method exact --seed 3 --out runs/exact
@@ -23,7 +23,7 @@ EXAMPLES = '''examples:
   latent-grpo compare --preset toy --seeds 0-4 --out runs/toy
   latent-grpo presets toy'''
 
-# %% ../nbs/25_cli.ipynb #a6d7fd75
+# %% ../nbs/25_cli.ipynb #99c4a372
 def _settings(pairs):
     "['lr=1e-4', ...] to {'lr': '1e-4', ...}"
     for p in pairs:
@@ -45,7 +45,7 @@ def _seeds(text):
         return [int(x) for x in text.split(',')]
     except ValueError: raise ValueError(f'--seeds {text}: write 0-4 or 0,3,7') from None
 
-# %% ../nbs/25_cli.ipynb #30b52e6d
+# %% ../nbs/25_cli.ipynb #6d35a0ba
 def _command(commands, name, text, out):
     "A command with the options that all runs share"
     p = commands.add_parser(name, help=text, description=text, epilog=EXAMPLES,
@@ -56,7 +56,7 @@ def _command(commands, name, text, out):
     p.add_argument('--quiet', action='store_true', help='no progress bars')
     return p
 
-# %% ../nbs/25_cli.ipynb #08c31872
+# %% ../nbs/25_cli.ipynb #6c267ca1
 def _train_options(add):
     "One run"
     p = add('train', 'one run: supervised start, reinforcement learning, evaluation', 'runs/latest')
@@ -71,7 +71,7 @@ def _train_options(add):
     p.add_argument('--resume', action='store_true',
                    help='go on from the newest checkpoint in --out')
 
-# %% ../nbs/25_cli.ipynb #bb86d014
+# %% ../nbs/25_cli.ipynb #53a7c5d6
 def _eval_options(add):
     "Scores of a saved policy"
     p = add('eval', 'Pass@1 of a saved policy on problem files, with intervals', '')
@@ -94,7 +94,7 @@ def _compare_options(add):
     p.add_argument('--data', default='', help='training problems, as for train')
     p.add_argument('--test', action='append', default=[])
 
-# %% ../nbs/25_cli.ipynb #a9065ab8
+# %% ../nbs/25_cli.ipynb #fd169069
 def parser() -> argparse.ArgumentParser:
     "The command line; its `--help` is the manual"
     top = argparse.ArgumentParser(
@@ -110,7 +110,7 @@ def parser() -> argparse.ArgumentParser:
     shown.add_argument('name', nargs='?', default='', help='one preset')
     return top
 
-# %% ../nbs/25_cli.ipynb #6ab15fbd
+# %% ../nbs/25_cli.ipynb #bb505b4d
 def show_scores(scores: dict):
     "Print Pass@1 with its interval, lengths and shares, a line per split and mode"
     for split, modes in scores.items():
@@ -123,7 +123,7 @@ def show_scores(scores: dict):
             if s['samples'] > 1: print(' ' * 31 + '  '.join(
                 f'pass@{k} {100*v:.1f} %' for k, v in s['pass_at'].items()))
 
-# %% ../nbs/25_cli.ipynb #fd153246
+# %% ../nbs/25_cli.ipynb #5c857127
 def _files(args):
     "Settings that name training and test files"
     return {k: v for k, v in dict(train=args.data, tests=','.join(args.test)).items() if v}
@@ -148,7 +148,7 @@ def _eval(args):
         note = scores | dict(made=provenance([args.seed]))
         (Path(args.out)/'scores.json').write_text(json.dumps(note, indent=1))
 
-# %% ../nbs/25_cli.ipynb #926c0636
+# %% ../nbs/25_cli.ipynb #a4859b95
 def _compare(args):
     from latent_grpo.compare import compare, table_text
     settings = _settings(args.set)
@@ -171,7 +171,7 @@ def _presets(args):
             value, source = PRESETS[name].get(f.name, (f.default, 'default'))
             if f.name in PRESETS[name] or args.name: print(f'  {f.name:18}{value!r:34}{source}')
 
-# %% ../nbs/25_cli.ipynb #047d4dda
+# %% ../nbs/25_cli.ipynb #6544ae2e
 def main(argv: list | None = None) -> int:    # exit status: 0, or 2 after a clear message
     "Entry point of `latent-grpo`"
     args = parser().parse_args(argv)
@@ -186,7 +186,7 @@ def main(argv: list | None = None) -> int:    # exit status: 0, or 2 after a cle
         return 130
     return 0
 
-# %% ../nbs/25_cli.ipynb #868dbe9e
+# %% ../nbs/25_cli.ipynb #14e074b9
 #| eval: false
 # `python -m latent_grpo.cli` has a __spec__; a notebook, which is __main__ too, has none
 if __name__ == '__main__' and globals().get('__spec__'): sys.exit(main())

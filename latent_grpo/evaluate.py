@@ -6,7 +6,7 @@
 __all__ = ['Interval', 'bootstrap_interval', 'wilson_interval', 't_quantile', 'seed_interval', 'hierarchical_bootstrap',
            'pass_at_k', 'support_per_step', 'policy_kl', 'rollout_metrics', 'evaluate']
 
-# %% ../nbs/17_evaluate.ipynb #d536d4d5
+# %% ../nbs/17_evaluate.ipynb #8f7db58d
 import numpy as np
 import torch
 from functools import lru_cache
@@ -16,7 +16,7 @@ from .latent import effective_support
 from .rollout import Rollout, generate, replay_states
 from .sampling import Sampling, mixture_weights
 
-# %% ../nbs/17_evaluate.ipynb #91395bf6
+# %% ../nbs/17_evaluate.ipynb #772b681a
 class Interval(NamedTuple):
     "A mean with the two ends of its interval."
     mean: float
@@ -36,7 +36,7 @@ def _percentile(mean, means, level): # Interval from bootstrap means
     if not 0 < level < 1: raise ValueError(f"level must lie between 0 and 1, got {level}")
     return Interval(float(mean), *map(float, np.quantile(means, [(1-level)/2, (1+level)/2])))
 
-# %% ../nbs/17_evaluate.ipynb #06f43aca
+# %% ../nbs/17_evaluate.ipynb #8e3d4804
 def bootstrap_interval(values,     # [problems] score of each problem
                        level=0.95, # share of bootstrap means inside
                        draws=2000, # number of bootstrap draws
@@ -48,7 +48,7 @@ def bootstrap_interval(values,     # [problems] score of each problem
     means = [values[rng.integers(n, size=n)].mean() for _ in range(draws)]
     return _percentile(values.mean(), means, level)
 
-# %% ../nbs/17_evaluate.ipynb #60d16466
+# %% ../nbs/17_evaluate.ipynb #a34cbc0b
 def wilson_interval(successes: int, # right answers
                     trials: int,    # problems, at least 1
                     level=0.95,     # confidence level
@@ -62,7 +62,7 @@ def wilson_interval(successes: int, # right answers
     low, high = (centre - half) / shrink, (centre + half) / shrink
     return Interval(p, max(0.0, min(p, low)), min(1.0, max(p, high))) # rounding never leaves p out
 
-# %% ../nbs/17_evaluate.ipynb #1433b67e
+# %% ../nbs/17_evaluate.ipynb #40fdafe1
 @lru_cache(maxsize=64)
 def t_quantile(df: int,    # degrees of freedom, seeds - 1, at least 1
                level=0.95, # two-sided
@@ -73,7 +73,7 @@ def t_quantile(df: int,    # degrees of freedom, seeds - 1, at least 1
     mass = np.concatenate([[0], np.cumsum(height[1:] + height[:-1])])
     return float(df**0.5 * np.tan(np.interp(level, mass / mass[-1], theta)))
 
-# %% ../nbs/17_evaluate.ipynb #7a7b0548
+# %% ../nbs/17_evaluate.ipynb #21137831
 def seed_interval(values,     # [seeds] one score per training run, at least 2
                   level=0.95, # confidence level
                  ) -> Interval:
@@ -83,7 +83,7 @@ def seed_interval(values,     # [seeds] one score per training run, at least 2
     half = t_quantile(len(values) - 1, level) * values.std(ddof=1) / len(values) ** 0.5
     return Interval(*(float(values.mean() + d) for d in (0, -half, half)))
 
-# %% ../nbs/17_evaluate.ipynb #e312db44
+# %% ../nbs/17_evaluate.ipynb #449ffbbb
 def hierarchical_bootstrap(values,     # [seeds, problems], all seeds on the same problems
                            level=0.95, # share of bootstrap means inside
                            draws=2000, # number of bootstrap draws
@@ -96,7 +96,7 @@ def hierarchical_bootstrap(values,     # [seeds, problems], all seeds on the sam
              for _ in range(draws)]
     return _percentile(values.mean(), means, level)
 
-# %% ../nbs/17_evaluate.ipynb #3d1e7e01
+# %% ../nbs/17_evaluate.ipynb #82c95173
 def pass_at_k(n, # samples of each problem: int or [problems]
               c, # right ones among them: int or [problems]
               k: int, # 1 <= k <= n
@@ -108,7 +108,7 @@ def pass_at_k(n, # samples of each problem: int or [problems]
     j = np.arange(k)
     return 1 - np.prod(np.maximum((n - c)[..., None] - j, 0) / (n[..., None] - j), axis=-1)
 
-# %% ../nbs/17_evaluate.ipynb #364e41c6
+# %% ../nbs/17_evaluate.ipynb #e1d25da9
 def support_per_step(r: Rollout, sampling: Sampling) -> torch.Tensor:   # [latent steps]
     "Effective support of each latent step in a batch of rollouts"
     rows = r.latent_mask.nonzero()[:, 0]
@@ -131,7 +131,7 @@ def policy_kl(
         total += (p.exp() * (p - q)).sum().item()
     return total / len(states[0])
 
-# %% ../nbs/17_evaluate.ipynb #46817423
+# %% ../nbs/17_evaluate.ipynb #7b4d4f3f
 def rollout_metrics(
     r: Rollout,
     task,                # a `Task`
@@ -151,7 +151,7 @@ def rollout_metrics(
                 text_length=r.text_lengths.float().mean().item(),
                 support=support.mean().item() if len(support) else 1.0)
 
-# %% ../nbs/17_evaluate.ipynb #a05437a8
+# %% ../nbs/17_evaluate.ipynb #56df8fa6
 @torch.no_grad()
 def evaluate(
     model, task,

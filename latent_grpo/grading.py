@@ -6,13 +6,13 @@
 __all__ = ['MAX_CHARS', 'TIME_LIMIT', 'last_box', 'last_number', 'extract_answer', 'drop_unit', 'clean', 'as_number', 'as_choice',
            'as_words', 'same_maths', 'check_gold', 'is_correct', 'Grades', 'grade']
 
-# %% ../nbs/02_grading.ipynb #649577a9
+# %% ../nbs/02_grading.ipynb #5ece0867
 import re, threading
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 
-# %% ../nbs/02_grading.ipynb #8b1bcf97
+# %% ../nbs/02_grading.ipynb #b02d2448
 _BRACES = re.compile(r"\\\\|\\f?boxed\s*\{|\\[{}]|[{}]")
 
 def last_box(text: str, # any text
@@ -28,7 +28,7 @@ def last_box(text: str, # any text
             if inner and start > best[0]: best = (start, inner)
     return best[1]
 
-# %% ../nbs/02_grading.ipynb #7f095a1b
+# %% ../nbs/02_grading.ipynb #5724b02f
 _DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)"
 _FRAC = r"\\[dt]?frac\s*(?:\{\s*-?\d+\s*\}|\d)\s*(?:\{\s*\d+\s*\}|\d)"
 _DECIMAL = rf"(?:{_DIGITS}(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{{1,3}}(?!\w))?"
@@ -41,7 +41,7 @@ def last_number(text: str, # any text
     found = _NUMBER.findall(text)
     return re.sub(r"\\?[$€£]\s?|,", "", found[-1]).replace("\u2212", "-") if found else None
 
-# %% ../nbs/02_grading.ipynb #3dfe21be
+# %% ../nbs/02_grading.ipynb #62542589
 def extract_answer(text: str, # free text of one rollout
                   ) -> str | None: # the answer as written; None means unparsed
     "The answer that a text gives: last `\\boxed{}`, else the line after `####`, else last number."
@@ -51,7 +51,7 @@ def extract_answer(text: str, # free text of one rollout
     line = mark[2].strip().split("\n")[0].strip() if mark[1] else ""
     return line or last_number(text)
 
-# %% ../nbs/02_grading.ipynb #0a209433
+# %% ../nbs/02_grading.ipynb #90eb06ba
 _WRAPPED = re.compile(r"\\(?:text|mbox|mathrm|textbf|mathbf|textrm)\s*\{([^{}]*)\}")
 _UNIT = re.compile(rf"(?<=[\w}}.)])(?:\s*{_WRAPPED.pattern}(?:\^\{{?\d\}}?)?|"
                    r"(?<=[\d}.])\s+([A-Za-z]{2,}\.?(?:\s+[A-Za-z]{2,}\.?)*))\s*$")
@@ -66,7 +66,7 @@ def drop_unit(text: str, # an answer
     words = set((m[1] or m[2] or "").lower().split())
     return text if words & _NOT_UNITS else text[:m.start()]
 
-# %% ../nbs/02_grading.ipynb #c77255ad
+# %% ../nbs/02_grading.ipynb #61a78add
 _NOISE = re.compile(r"(\\\\)|\\(?:left|right|approx)(?![a-z])|\\phantom\s*(?:-|\{[^{}]*\})|"
                     r"(?<=\d),\\!\s*(?=\d{3})|\\[!,;: ()\[\]]|\\?[$€£]")
 
@@ -78,7 +78,7 @@ def clean(text: str, # an answer, from a model or from a file
     text = re.sub(r"\\frac\s*\\pi\s*(?:(\d)|\{(\d+)\})", r"\\frac{\\pi}{\1\2}", text)
     return drop_unit(text.strip().rstrip(".,;:")).strip()
 
-# %% ../nbs/02_grading.ipynb #6db08654
+# %% ../nbs/02_grading.ipynb #09e8b430
 _PLAIN = re.compile(rf"([-+]?)\s*(?:(\d+)\s*(?:\s|(?=\\))\s*)?"
                     rf"(?:\\frac\s*(?:\{{\s*(-?\d+)\s*\}}|(\d))\s*(?:\{{\s*(\d+)\s*\}}|(\d))"
                     rf"|({_DECIMAL})(?:\s*/\s*({_DECIMAL}))?)")
@@ -96,7 +96,7 @@ def as_number(text: str, # an answer
     value = int(whole or 0) + Fraction(top) / Fraction(below)
     return -value if sign == "-" else value
 
-# %% ../nbs/02_grading.ipynb #4c88a9e8
+# %% ../nbs/02_grading.ipynb #247f9f68
 _CHOICE = re.compile(r"\(?([A-Ja-j])(?:[).:]+(?:\s*\S.*)?)?")
 
 def as_choice(text: str, # an answer
@@ -113,13 +113,13 @@ def as_words(text: str, # an answer
     if m: return " ".join(m[1].lower().split()).rstrip(".") or None
     return text.lower() if re.fullmatch(r"[^\W\d_]{3,}", text) else None
 
-# %% ../nbs/02_grading.ipynb #82403867
+# %% ../nbs/02_grading.ipynb #39096058
 TIME_LIMIT = 3 # whole seconds for one parse or one comparison, in the main thread only
 _EXPLOSIVE = re.compile(r"\d\s*\^\s*\{?\s*\d+\s*\^|\^\s*\{?\s*\d{4,}|\d{4,}\s*\)*\s*!|!\s*!")
 
 def _limit(): return TIME_LIMIT if threading.current_thread() is threading.main_thread() else None
 
-# %% ../nbs/02_grading.ipynb #bc51e161
+# %% ../nbs/02_grading.ipynb #94d041b0
 @lru_cache(maxsize=1)
 def _rules(): # read LaTeX as a whole, keep letters that look like units
     from latex2sympy2_extended import NormalizationConfig
@@ -133,7 +133,7 @@ def _parse(text): # list of SymPy objects and strings
 
 _parse_gold = lru_cache(maxsize=100_000)(_parse)
 
-# %% ../nbs/02_grading.ipynb #dc8632b7
+# %% ../nbs/02_grading.ipynb #3107ed8c
 def same_maths(gold: str,  # cleaned gold answer; comes first, the comparison is not symmetric
                answer: str, # cleaned answer of the model
               ) -> bool: # False also when it cannot be read, takes too long or could explode
@@ -142,7 +142,7 @@ def same_maths(gold: str,  # cleaned gold answer; comes first, the comparison is
     from math_verify import verify
     return verify(_parse_gold(gold), _parse(answer), timeout_seconds=_limit())
 
-# %% ../nbs/02_grading.ipynb #2153a31b
+# %% ../nbs/02_grading.ipynb #ee14c624
 _NO_VALUE = {"", "none", "null", "nan", "n/a", "inf", "-inf"}
 
 def _readable(gold): # can this cleaned gold answer be compared with anything?
@@ -152,7 +152,7 @@ def _readable(gold): # can this cleaned gold answer be compared with anything?
         return False # a bare sentence: as maths it would be a product of letters
     return any(not isinstance(part, str) for part in _parse_gold(gold))
 
-# %% ../nbs/02_grading.ipynb #cb3c3691
+# %% ../nbs/02_grading.ipynb #936836c6
 def check_gold(gold,     # final answer of one row: str, int or float
                row=None, # id of the row, for the message
               ) -> str:  # the cleaned gold answer
@@ -165,7 +165,7 @@ def check_gold(gold,     # final answer of one row: str, int or float
                      "answer; give a number, LaTeX, a choice letter or \\text{words} there, "
                      "or remove the row")
 
-# %% ../nbs/02_grading.ipynb #20ec5ef1
+# %% ../nbs/02_grading.ipynb #eb59e47b
 def _equal(gold, answer): # gold has been checked
     if as_choice(gold): return as_choice(answer) == as_choice(gold)
     if as_words(gold): return as_words(answer) == as_words(gold)
@@ -184,7 +184,7 @@ def is_correct(prediction_text: str, # free text of one rollout
     answer = extract_answer(prediction_text)
     return answer is not None and _equal(gold, answer)
 
-# %% ../nbs/02_grading.ipynb #9fe8d8ff
+# %% ../nbs/02_grading.ipynb #3e671289
 @dataclass(frozen=True)
 class Grades:
     "What the grader found, one entry per prediction."
@@ -201,7 +201,7 @@ class Grades:
         "Share of predictions without any answer; nan for no predictions."
         return 1 - sum(self.parsed) / len(self.parsed) if self.parsed else float("nan")
 
-# %% ../nbs/02_grading.ipynb #bac41df8
+# %% ../nbs/02_grading.ipynb #7d3115ed
 def grade(predictions: list[str], # free texts
           golds: list,            # gold answers, same length
           row_ids: list = None,   # named in errors; positions if None

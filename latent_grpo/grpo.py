@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['group_advantages', 'ppo_terms', 'step_weights', 'kl_k3']
 
-# %% ../nbs/08_grpo.ipynb #7c5134cd
+# %% ../nbs/08_grpo.ipynb #72337c54
 import torch
 from torch import Tensor
 
-# %% ../nbs/08_grpo.ipynb #5b2509b0
+# %% ../nbs/08_grpo.ipynb #f61db8e4
 def group_advantages(
     rewards: Tensor,               # [B, G]
     counted: Tensor | None = None, # [B, G] bool: rollouts that enter mean and std; default all
@@ -25,7 +25,7 @@ def group_advantages(
     var = (((rewards - mean) * counted)**2).sum(1, keepdim=True) / (n - 1).clamp(min=1)
     return (rewards - mean) / (var.sqrt() + eps) * counted * (n > 1)
 
-# %% ../nbs/08_grpo.ipynb #78329243
+# %% ../nbs/08_grpo.ipynb #5d48045e
 def ppo_terms(
     logps: Tensor,        # any shape, current policy
     old_logps: Tensor,    # the policy that drew
@@ -39,7 +39,7 @@ def ppo_terms(
     loss = torch.maximum(plain, clipped)
     return torch.where(advantages < 0, torch.minimum(loss, -dual_clip * advantages), loss)
 
-# %% ../nbs/08_grpo.ipynb #39cbef22
+# %% ../nbs/08_grpo.ipynb #39fee6c5
 def step_weights(
     mask: Tensor,     # [N, T] bool
     how: str = 'token-mean',   # token-mean (paper) | seq-mean-token-mean | seq-mean-token-sum
@@ -53,7 +53,7 @@ def step_weights(
     raise ValueError(f"aggregation={how!r}: choose 'token-mean', 'seq-mean-token-mean' "
                      "or 'seq-mean-token-sum'")
 
-# %% ../nbs/08_grpo.ipynb #0b7bf41c
+# %% ../nbs/08_grpo.ipynb #ea5e2ad9
 def kl_k3(
     logps: Tensor,       # current policy
     ref_logps: Tensor,   # reference policy

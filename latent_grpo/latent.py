@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['mix', 'effective_support']
 
-# %% ../nbs/04_latent.ipynb #3a29231d
+# %% ../nbs/04_latent.ipynb #a79e7633
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# %% ../nbs/04_latent.ipynb #a5c47d68
+# %% ../nbs/04_latent.ipynb #1323e24a
 def mix(
     embed: Tensor,     # [V, D] embeddings, frozen while the policy is trained
     ids: Tensor,       # [..., K] component ids
@@ -21,7 +21,7 @@ def mix(
                            per_sample_weights=weights.reshape(-1, ids.shape[-1]).to(embed.dtype))
     return flat.view(*ids.shape[:-1], embed.shape[-1])
 
-# %% ../nbs/04_latent.ipynb #e1818425
+# %% ../nbs/04_latent.ipynb #5d0f33be
 def effective_support(
     weights: Tensor,   # [..., K], summing to 1
 ) -> Tensor:           # [...], between 1 and K

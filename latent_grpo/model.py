@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LatentLM', 'positions', 'NoCache', 'TableLM', 'rotate', 'Block', 'TinyCache', 'TinyLM', 'HFLM']
 
-# %% ../nbs/03_model.ipynb #4838dc80
+# %% ../nbs/03_model.ipynb #780df947
 from dataclasses import dataclass
 from typing import Protocol
 import math
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 
-# %% ../nbs/03_model.ipynb #e6b9bd14
+# %% ../nbs/03_model.ipynb #305797c4
 class LatentLM(Protocol):
     "What latent reasoning needs from a language model (a `torch.nn.Module` with these members)"
     @property
@@ -35,7 +35,7 @@ def positions(
     "Position of each token in its own text, so that left padding changes nothing"
     return (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -T:]
 
-# %% ../nbs/03_model.ipynb #760fe93c
+# %% ../nbs/03_model.ipynb #65cbd6b9
 class NoCache:
     "The cache of a model that looks only at its last input"
     def batch_repeat_interleave(self, repeats): pass
@@ -51,7 +51,7 @@ class TableLM(nn.Module):
         return embeds, (NoCache() if use_cache else None)
     def head(self, hidden): return hidden @ self.table
 
-# %% ../nbs/03_model.ipynb #46103408
+# %% ../nbs/03_model.ipynb #d604f7fc
 def rotate(
     x: Tensor,      # [N, heads, T, d]
     angle: Tensor,  # [N, 1, T, d / 2]
@@ -60,7 +60,7 @@ def rotate(
     a, b = x.chunk(2, -1)
     return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], -1)
 
-# %% ../nbs/03_model.ipynb #72f091ab
+# %% ../nbs/03_model.ipynb #777e03bf
 class Block(nn.Module):
     "One pre-norm transformer layer with rotary attention and a gated feed-forward part"
     def __init__(self, width, heads, ff):
@@ -81,7 +81,7 @@ class Block(nn.Module):
         gate, value = self.up(self.norm2(x)).chunk(2, -1)
         return x + self.down(F.silu(gate) * value), (k, v)
 
-# %% ../nbs/03_model.ipynb #c340802f
+# %% ../nbs/03_model.ipynb #825b1140
 @dataclass
 class TinyCache:
     "Keys and values per layer, and the last input embedding"
@@ -92,7 +92,7 @@ class TinyCache:
     def batch_repeat_interleave(self, repeats): self._map(lambda t: t.repeat_interleave(repeats, 0))
     def batch_select_indices(self, indices): self._map(lambda t: t[indices])
 
-# %% ../nbs/03_model.ipynb #645840b8
+# %% ../nbs/03_model.ipynb #1f21c61d
 class TinyLM(nn.Module):
     "A small transformer that follows the `LatentLM` protocol (ours)"
     def __init__(
@@ -139,7 +139,7 @@ class TinyLM(nn.Module):
 
     def head(self, hidden): return self.unembed(hidden)
 
-# %% ../nbs/03_model.ipynb #8522d330
+# %% ../nbs/03_model.ipynb #0b445dea
 class HFLM(nn.Module):
     "Any `transformers` causal language model behind the `LatentLM` protocol (ours)"
     def __init__(self, lm):    # e.g. `AutoModelForCausalLM.from_pretrained(...)`

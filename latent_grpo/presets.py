@@ -7,7 +7,7 @@ __all__ = ['PRESETS', 'METHODS', 'CHOICES', 'PROMPT', 'Config', 'parse_value', '
            'train_tokenizer', 'chat_prompt', 'text_task', 'test_splits', 'problem_rows', 'build_task', 'device_of',
            'build_model']
 
-# %% ../nbs/18_presets.ipynb #8e79e424
+# %% ../nbs/18_presets.ipynb #47ffa408
 import ast, difflib, warnings
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -19,7 +19,7 @@ from .sampling import Sampling
 from .tasks import Task, chain_task, load_hub, load_rows, split_of
 from .vanilla import Update
 
-# %% ../nbs/18_presets.ipynb #77dbce5a
+# %% ../nbs/18_presets.ipynb #917d85ba
 @dataclass
 class Config(Update):
     "All settings of a run; the paper's fixes are off (see `METHODS`), sources in `PRESETS`"
@@ -96,10 +96,10 @@ class Config(Update):
     save_every: int = 0         # steps between checkpoints; 0: only at the end
     seed: int = 0
 
-# %% ../nbs/18_presets.ipynb #41c7eff0
+# %% ../nbs/18_presets.ipynb #e1904a00
 _TOY, _PAPER, _SCRIPT = 'ours, chosen for a 2-core CPU', 'paper, appendix', 'released scripts'
 
-# %% ../nbs/18_presets.ipynb #90d6c632
+# %% ../nbs/18_presets.ipynb #9b54b59e
 PRESETS = {
     'toy': dict(
         task=('chains', _TOY), model=('tiny', _TOY), train_rows=(8000, _TOY), test_rows=(512, _TOY),
@@ -155,7 +155,7 @@ PRESETS = {
         save_every=(20, 'ours'), eval_every=(20, 'ours')),
 }
 
-# %% ../nbs/18_presets.ipynb #7e2d0c1c
+# %% ../nbs/18_presets.ipynb #aab74796
 METHODS = {
     'explicit': dict(latent=False),
     'vanilla': dict(noise='two-sided', estimator='none', masking='off', selection='off'),
@@ -170,7 +170,7 @@ METHODS = {
     'centred': dict(noise='one-sided', centre_draws=8, masking='paper'),
 }
 
-# %% ../nbs/18_presets.ipynb #de6c55e1
+# %% ../nbs/18_presets.ipynb #610d78cd
 CHOICES = dict(task=('chains', 'problems'), prompt_style=('plain', 'low', 'high'),
                dtype=('float32', 'bfloat16'), noise=('two-sided', 'one-sided'),
                masking=('off', 'paper', 'released'),
@@ -182,7 +182,7 @@ def _unknown(kind, name, known):
     hint = f'did you mean {near[0]!r}?' if near else f'known: {", ".join(known)}'
     return ValueError(f'unknown {kind} {name!r}; {hint}')
 
-# %% ../nbs/18_presets.ipynb #a4bc3bb6
+# %% ../nbs/18_presets.ipynb #b49b3d18
 def parse_value(
     name: str,    # a field of `Config`
     text,         # its value; a string is converted to the field's type
@@ -204,7 +204,7 @@ def parse_value(
         raise ValueError(f'{name}={text!r}: expected {kind.__name__}, like {default!r}')
     return float(value) if kind is float else value
 
-# %% ../nbs/18_presets.ipynb #b7c17b6f
+# %% ../nbs/18_presets.ipynb #31ecbc71
 def validate(
     cfg: Config,
 ) -> Config:       # the same, or a `ValueError` that names the field, the value and the remedy
@@ -226,7 +226,7 @@ def validate(
     sampling_of(cfg)      # refuse combinations that have no meaning before anything runs
     return cfg
 
-# %% ../nbs/18_presets.ipynb #4d6b20da
+# %% ../nbs/18_presets.ipynb #2ee511e2
 def make_config(
     preset: str = 'toy',
     method: str = 'vanilla',
@@ -239,7 +239,7 @@ def make_config(
     values |= {k: parse_value(k, v) for k, v in overrides.items()}
     return validate(Config(**values))
 
-# %% ../nbs/18_presets.ipynb #bfd85df8
+# %% ../nbs/18_presets.ipynb #6be70b3a
 def sampling_of(
     cfg: Config,
     end_id: int = -1,         # first id of the end marker
@@ -252,7 +252,7 @@ def sampling_of(
     if not noise_free: return s
     return replace(s, noise_scale=0., temperature=0., score='published', clip=(-1.5, 3.))
 
-# %% ../nbs/18_presets.ipynb #59bd4277
+# %% ../nbs/18_presets.ipynb #319f80c6
 # the paper's instruction
 PROMPT = 'Please reason step by step, and put your final answer within \\boxed{}.'
 
@@ -272,7 +272,7 @@ def train_tokenizer(
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
     return PreTrainedTokenizerFast(tokenizer_object=tok, eos_token='<eos>')
 
-# %% ../nbs/18_presets.ipynb #8b6810ff
+# %% ../nbs/18_presets.ipynb #60bee429
 def chat_prompt(tokenizer, style: str):
     "The function from a problem to the prompt text that ends in `<think>`"
     if style == 'plain': return lambda problem: f'{problem}\n<think>'
@@ -284,7 +284,7 @@ def chat_prompt(tokenizer, style: str):
         turns[style](p), tokenize=False, add_generation_prompt=True)
     return lambda problem: template(problem) + '<think>'
 
-# %% ../nbs/18_presets.ipynb #e4a5d8a2
+# %% ../nbs/18_presets.ipynb #ad841f6a
 def text_task(
     cfg: Config,
     tokenizer,        # of transformers
@@ -306,7 +306,7 @@ def text_task(
                 prompt_text=chat_prompt(tokenizer, cfg.prompt_style),
                 max_prompt=cfg.max_prompt, rate=cfg.rate, sharpness=cfg.sharpness)
 
-# %% ../nbs/18_presets.ipynb #5d1d881e
+# %% ../nbs/18_presets.ipynb #dfbc3122
 def _read(source, cfg, limit=0):
     if source.endswith(('.jsonl', '.jsonl.gz')): return load_rows(source, limit=limit)
     name, _, split = source.partition('@')
@@ -326,7 +326,7 @@ def test_splits(cfg: Config, sources: list) -> dict:
 
 def _letters(row): return ''.join(c for c in row['problem'].lower() if c.isalnum())
 
-# %% ../nbs/18_presets.ipynb #9e1e9a4e
+# %% ../nbs/18_presets.ipynb #92dc659b
 def problem_rows(cfg: Config) -> dict:
     "Splits of a word-problem run: train, validation (a tenth, by hash), and one per test file"
     rows = _read(cfg.train, cfg, cfg.limit)
@@ -346,7 +346,7 @@ def problem_rows(cfg: Config) -> dict:
     rows = [r for r in rows if split_of(r['problem']) != 'validation']
     return dict(train=rows, validation=held[:cfg.test_rows or None]) | tests
 
-# %% ../nbs/18_presets.ipynb #3252e42a
+# %% ../nbs/18_presets.ipynb #05f3b25e
 def build_task(
     cfg: Config,
     tokenizer=None,    # of a saved run; default: trained on the training rows, or the model's own
@@ -372,7 +372,7 @@ def build_task(
         tokenizer = AutoTokenizer.from_pretrained(cfg.model)
     return text_task(cfg, tokenizer, rows), tokenizer
 
-# %% ../nbs/18_presets.ipynb #708f5485
+# %% ../nbs/18_presets.ipynb #247cdf51
 def device_of(cfg: Config) -> str:
     "Where a run happens"
     if cfg.device != 'auto': return cfg.device

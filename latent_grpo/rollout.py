@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Rollout', 'step_inputs', 'pad_left', 'generate', 'replay_states', 'replay_logps', 'select_groups', 'join']
 
-# %% ../nbs/06_rollout.ipynb #b81ff0ca
+# %% ../nbs/06_rollout.ipynb #0a49f210
 from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from .latent import mix
 from .sampling import (PAD, LATENT, END, TEXT, FORCED, Sampling, draw_step,
                                   mixture_weights, noise_keys, score_steps)
 
-# %% ../nbs/06_rollout.ipynb #2a1f8eaa
+# %% ../nbs/06_rollout.ipynb #b3c376fe
 @dataclass
 class Rollout:
     "A batch of replayable responses, G per prompt in consecutive rows (N = B x G)"
@@ -50,7 +50,7 @@ class Rollout:
         "Token ids of row i without its latent steps: end marker, answer, end of text"
         return self.ids[i, self.response_mask[i] & ~self.latent_mask[i], 0].tolist()
 
-# %% ../nbs/06_rollout.ipynb #4a1ac473
+# %% ../nbs/06_rollout.ipynb #f2dbf811
 def step_inputs(
     embed: Tensor,        # [V, D]
     ids: Tensor,          # [N, S]
@@ -66,7 +66,7 @@ def step_inputs(
     if latent.any(): weights[latent] = mixture_weights(scores[latent], sampling.select(latent))
     return mix(embed, ids[:, :K], weights)
 
-# %% ../nbs/06_rollout.ipynb #7b3ebfd0
+# %% ../nbs/06_rollout.ipynb #0a0c9a61
 def pad_left(prompts: list) -> tuple:
     "Token lists to ids [B, P] and mask [B, P], padded on the left"
     if not prompts or not all(prompts):
@@ -84,7 +84,7 @@ def _read_prompts(model, prompts, G):
     cache.batch_repeat_interleave(G)
     return ids, mask, logits, cache
 
-# %% ../nbs/06_rollout.ipynb #ff412fc9
+# %% ../nbs/06_rollout.ipynb #6435aa4a
 class _Phase:
     "Which phase each unfinished row is in: thinking, owing the rest of the end marker, or speaking"
     def __init__(self, N, thinking, marker, device):
@@ -101,7 +101,7 @@ class _Phase:
         self.thinking = self.thinking & (kind == LATENT)
     def select(self, rows): self.thinking, self.owed = self.thinking[rows], self.owed[rows]
 
-# %% ../nbs/06_rollout.ipynb #b6625ab7
+# %% ../nbs/06_rollout.ipynb #c4fd81ef
 @torch.no_grad()
 def generate(
     model,                    # a `LatentLM`
@@ -143,7 +143,7 @@ def generate(
         logits = model.head(hidden[:, -1])
     return _assemble(record, prompt_ids, prompt_mask, ended.to(device), rows, seed)
 
-# %% ../nbs/06_rollout.ipynb #7da125b8
+# %% ../nbs/06_rollout.ipynb #1771e57d
 def _assemble(record, prompt_ids, prompt_mask, ended, rows, seed) -> Rollout:
     "Join the steps, each of which knows which rows were alive"
     N, T, S = len(rows), len(record), record[0][1].shape[1]
@@ -157,7 +157,7 @@ def _assemble(record, prompt_ids, prompt_mask, ended, rows, seed) -> Rollout:
                          'the policy has diverged or its weights are broken')
     return Rollout(prompt_ids, prompt_mask, ended=ended, rows=rows, seed=seed, **out)
 
-# %% ../nbs/06_rollout.ipynb #6ef52e43
+# %% ../nbs/06_rollout.ipynb #7b7149e2
 def replay_states(
     model, r: Rollout, sampling: Sampling,
 ) -> Tensor:              # [N, T, D]: the state from which each step was drawn
@@ -172,7 +172,7 @@ def replay_states(
     mask = torch.cat([r.prompt_mask.repeat_interleave(G, 0), r.response_mask[:, :-1]], 1)
     return model.hidden(torch.cat([prompt, steps], 1), mask)[0][:, P - 1:]
 
-# %% ../nbs/06_rollout.ipynb #d152e6f1
+# %% ../nbs/06_rollout.ipynb #8f37cf30
 def replay_logps(
     model, r: Rollout, sampling: Sampling,
     advantages: Tensor | None = None,   # [N, T], needed by the released estimator
@@ -194,7 +194,7 @@ def replay_logps(
            for x in pieces]
     return torch.zeros_like(r.logps).index_put(at, torch.cat(out))
 
-# %% ../nbs/06_rollout.ipynb #bfccde1f
+# %% ../nbs/06_rollout.ipynb #50340488
 def select_groups(
     r: Rollout,
     groups: Tensor,    # [B'] indices of prompts

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['RunLog', 'write_folder', 'save_checkpoint', 'load_checkpoint', 'provenance', 'interruptible']
 
-# %% ../nbs/19_runs.ipynb #d3eef190
+# %% ../nbs/19_runs.ipynb #128ac89c
 from contextlib import contextmanager
 from pathlib import Path
 import json, os, platform, shutil, signal, subprocess, sys, threading, time
 import torch
 from safetensors.torch import load_file, load_model, save_file, save_model
 
-# %% ../nbs/19_runs.ipynb #fb5dd3be
+# %% ../nbs/19_runs.ipynb #4dcfc721
 class RunLog:
     "Metrics as one JSON line per step; on resume, later steps of the interrupted run are dropped"
     def __init__(self, path: Path | None,   # None: keep in memory only
@@ -33,7 +33,7 @@ class RunLog:
         if self.path:
             with open(self.path, 'a') as f: f.write(json.dumps(metrics) + '\n')
 
-# %% ../nbs/19_runs.ipynb #a0188111
+# %% ../nbs/19_runs.ipynb #9ca3b80d
 def _optimizer_tensors(opt):
     "The state of an optimiser as a flat dict of tensors"
     return {f'{i}.{k}': torch.as_tensor(v).contiguous()
@@ -46,7 +46,7 @@ def _restore_optimizer(opt, tensors):
         state.setdefault(int(i), {})[key] = value
     opt.load_state_dict(dict(state=state, param_groups=opt.state_dict()['param_groups']))
 
-# %% ../nbs/19_runs.ipynb #5d61b56c
+# %% ../nbs/19_runs.ipynb #99e6482c
 def write_folder(
     path: Path,     # the folder to make; replaced when it exists
     write,          # function that fills the folder it is given
@@ -60,7 +60,7 @@ def write_folder(
     shutil.rmtree(path, ignore_errors=True)
     os.replace(aside, path)
 
-# %% ../nbs/19_runs.ipynb #4d3d3014
+# %% ../nbs/19_runs.ipynb #87bc5ba7
 def save_checkpoint(
     out: Path,         # folder of the run
     model, opt,
@@ -75,7 +75,7 @@ def save_checkpoint(
     write_folder(Path(out)/f"checkpoint-{state['step']:06d}", write)
     for old in sorted(Path(out).glob('checkpoint-*'))[:-keep]: shutil.rmtree(old)
 
-# %% ../nbs/19_runs.ipynb #a35051de
+# %% ../nbs/19_runs.ipynb #d3443430
 def load_checkpoint(
     out: Path, model, opt=None,
 ) -> dict | None:      # the counters; None when there is no checkpoint
@@ -86,7 +86,7 @@ def load_checkpoint(
     if opt is not None: _restore_optimizer(opt, load_file(str(found[-1]/'optimizer.safetensors')))
     return json.loads((found[-1]/'state.json').read_text())
 
-# %% ../nbs/19_runs.ipynb #b5b6e0ba
+# %% ../nbs/19_runs.ipynb #1219cec4
 def provenance(
     seeds: list,
     command: str | None = None,    # default: the command line of this process
@@ -103,7 +103,7 @@ def provenance(
                 date=time.strftime('%Y-%m-%d'),
                 versions=dict(python=platform.python_version(), torch=torch.__version__))
 
-# %% ../nbs/19_runs.ipynb #bb0f84dd
+# %% ../nbs/19_runs.ipynb #93af9147
 @contextmanager
 def interruptible():
     "Yields a function that tells whether Ctrl-C was pressed; a second Ctrl-C interrupts at once"

@@ -7,12 +7,12 @@ __all__ = ['PAD', 'LATENT', 'END', 'TEXT', 'FORCED', 'noise_keys', 'gumbel', 'Sa
            'mixture_weights', 'draw_latent', 'text_logps', 'draw_step', 'gradient_factor', 'surrogate_logp',
            'exact_logp', 'latent_score', 'centre', 'score_steps']
 
-# %% ../nbs/05_sampling.ipynb #b507b628
+# %% ../nbs/05_sampling.ipynb #406bc011
 from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-# %% ../nbs/05_sampling.ipynb #af43a2af
+# %% ../nbs/05_sampling.ipynb #98542265
 _signed = lambda x: x - (1 << 64) if x >> 63 else x
 _GAMMA, _A, _B = map(_signed, (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 
@@ -31,7 +31,7 @@ def noise_keys(
     for c in counters: key = _hash(key + (torch.as_tensor(c) + 1) * _GAMMA)
     return key
 
-# %% ../nbs/05_sampling.ipynb #b6d0638c
+# %% ../nbs/05_sampling.ipynb #a494d8e6
 def gumbel(
     keys: Tensor,   # [N] from `noise_keys`
     ids: Tensor,    # [N, C] token ids
@@ -41,7 +41,7 @@ def gumbel(
     u = (((bits >> 41) & ((1 << 23) - 1)).float() + 0.5) * 2.**-23
     return -torch.log(-torch.log(u))
 
-# %% ../nbs/05_sampling.ipynb #c111e776
+# %% ../nbs/05_sampling.ipynb #a55f5f7a
 @dataclass(frozen=True)
 class Sampling:
     """How a step is drawn and scored.
@@ -91,10 +91,10 @@ class Sampling:
         return replace(self, **{f.name: v[rows] for f in fields(self)
                                 if torch.is_tensor(v := getattr(self, f.name))})
 
-# %% ../nbs/05_sampling.ipynb #f1604950
+# %% ../nbs/05_sampling.ipynb #a04c496f
 def _column(x): return x[:, None] if torch.is_tensor(x) else x
 
-# %% ../nbs/05_sampling.ipynb #6bb8a21c
+# %% ../nbs/05_sampling.ipynb #377abc0a
 def candidates(
     logps: Tensor,        # [N, V] log-probabilities at temperature 1
     sampling: Sampling,
@@ -109,7 +109,7 @@ def candidates(
     keep = (before < _column(sampling.top_p)) | first
     return ids, top.masked_fill(~keep, -torch.inf)
 
-# %% ../nbs/05_sampling.ipynb #089208fe
+# %% ../nbs/05_sampling.ipynb #28f320d7
 def perturb(
     ids: Tensor,          # [N, C] candidates
     logps: Tensor,        # [N, C]
@@ -132,7 +132,7 @@ def mixture_weights(
     tau = tau.view(-1, *[1] * (scores.dim() - 1)) if tau.dim() else tau
     return (scores[..., :sampling.top_k] / tau).softmax(-1)
 
-# %% ../nbs/05_sampling.ipynb #97b50fcf
+# %% ../nbs/05_sampling.ipynb #9d923c9d
 PAD, LATENT, END, TEXT, FORCED = range(5)   # FORCED: the rest of a marker of several ids
 
 def draw_latent(
@@ -149,7 +149,7 @@ def draw_latent(
     ids = torch.cat([torch.where(end, sampling.end_id, ids[:, 0])[:, None], ids[:, 1:]], 1)
     return ids, scores, torch.where(end, END, LATENT)
 
-# %% ../nbs/05_sampling.ipynb #8e324d61
+# %% ../nbs/05_sampling.ipynb #a1e8ff8c
 def text_logps(
     logits: Tensor,       # [N, V]
     sampling: Sampling,
@@ -168,7 +168,7 @@ def text_logps(
     if keep is not None: out = out.scatter(1, keep[:, None], False)
     return logps.masked_fill(out, -torch.inf).log_softmax(-1)
 
-# %% ../nbs/05_sampling.ipynb #38d8fe44
+# %% ../nbs/05_sampling.ipynb #79162796
 def draw_step(
     logits: Tensor,       # [N, V]
     keys: Tensor,         # [N] noise keys of this step
@@ -191,7 +191,7 @@ def draw_step(
         ids[~thinking, 0] = (logps + gumbel(keys[~thinking], every)).argmax(-1)
     return ids, scores, kind
 
-# %% ../nbs/05_sampling.ipynb #a05266da
+# %% ../nbs/05_sampling.ipynb #a9a35aed
 def gradient_factor(
     margins: Tensor,           # Delta, any shape
     estimator: str = 'none',   # none | released | aligned
@@ -204,7 +204,7 @@ def gradient_factor(
         return torch.where((margins < 0) & (advantages <= 0), torch.exp(margins) - 1, factor)
     return factor
 
-# %% ../nbs/05_sampling.ipynb #8adb9c02
+# %% ../nbs/05_sampling.ipynb #f5ccea73
 def surrogate_logp(
     logps: Tensor,             # [N, K] log p_theta of the chosen components
     scores: Tensor,            # [N, K] stored at sampling time: constants
@@ -218,7 +218,7 @@ def surrogate_logp(
     value = (-margins - torch.exp(-margins)).mean(-1).detach()
     return value + (factor * (logps - logps.detach())).mean(-1)
 
-# %% ../nbs/05_sampling.ipynb #1171d3b3
+# %% ../nbs/05_sampling.ipynb #63ada32b
 def exact_logp(
     logps: Tensor,      # [N, C] log p_theta of all candidates
     scores: Tensor,     # [N, C] perturbed log-probabilities; -inf where there was no candidate
@@ -230,7 +230,7 @@ def exact_logp(
     log_scale = torch.as_tensor(scale, dtype=d.dtype, device=d.device).log()
     return (-d - torch.exp(-d) - log_scale).masked_fill(~used, 0).sum(-1)
 
-# %% ../nbs/05_sampling.ipynb #54e48c3e
+# %% ../nbs/05_sampling.ipynb #efd49bf8
 def latent_score(
     logps: Tensor,             # [N, V] log-probabilities of the current policy
     ids: Tensor,               # [N, S] as drawn
@@ -245,7 +245,7 @@ def latent_score(
     surrogate = surrogate_logp(chosen, scores, sampling.estimator, advantages)
     return torch.where(kind == END, chosen[:, 0], surrogate)
 
-# %% ../nbs/05_sampling.ipynb #5746806c
+# %% ../nbs/05_sampling.ipynb #98be105e
 def centre(
     logps: Tensor,        # [N, V]
     keys: Tensor,         # [N] noise keys of the step; fresh draws get keys of their own
@@ -260,7 +260,7 @@ def centre(
     mean = total / sampling.centre_draws
     return mean - mean.detach()
 
-# %% ../nbs/05_sampling.ipynb #29b31c0b
+# %% ../nbs/05_sampling.ipynb #50dde620
 def score_steps(
     logits: Tensor,       # [N, V] of the current policy at the N steps
     ids: Tensor,          # [N, S]

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['supervised_steps', 'collate', 'perturb_labels', 'sft_loss', 'cosine', 'train_sft', 'toy_start']
 
-# %% ../nbs/07_sft.ipynb #151c37f7
+# %% ../nbs/07_sft.ipynb #0d3196ee
 from pathlib import Path
 import math, os
 import torch
@@ -17,7 +17,7 @@ from .model import TinyLM
 from .sampling import gumbel, noise_keys
 from .tasks import chain_task
 
-# %% ../nbs/07_sft.ipynb #b7d57543
+# %% ../nbs/07_sft.ipynb #4949ad47
 def supervised_steps(
     task,          # a `Task`
     row: dict,
@@ -28,7 +28,7 @@ def supervised_steps(
     labels, tail = task.latent_target(row)
     return [(tuple(ids), tuple(w)) for ids, w in labels] + [((i,), (1.,)) for i in tail]
 
-# %% ../nbs/07_sft.ipynb #9a0e8541
+# %% ../nbs/07_sft.ipynb #dbe6ca34
 def collate(
     examples: list,   # [(prompt ids, steps)]
 ) -> tuple:           # prompt ids [N, P], mask [N, P], ids [N, T, S], weights [N, T, S]
@@ -41,7 +41,7 @@ def collate(
     weights = [[pad(w, 0.) for _, w in s] + [(0.,) * S] * (T - len(s)) for _, s in examples]
     return prompt_ids, prompt_mask, torch.tensor(ids), torch.tensor(weights)
 
-# %% ../nbs/07_sft.ipynb #5bd8cde6
+# %% ../nbs/07_sft.ipynb #075f957f
 def perturb_labels(
     ids: Tensor,       # [N, T, S]
     weights: Tensor,   # [N, T, S]; 0 is padding
@@ -55,10 +55,11 @@ def perturb_labels(
     noise = gumbel(step_keys, ids.flatten(0, 1)).view(N, T, S).clamp(-1.5, 3)
     noisy = (weights.log() + noise_scale * noise).softmax(-1).nan_to_num(0.)
     draw = gumbel(noise_keys(1, keys), torch.zeros(N, 1, dtype=torch.long))[:, 0]
-    chosen = draw < -math.log(-math.log(share or 1e-30))
+    share = min(max(share, 1e-30), 1 - 1e-12)
+    chosen = draw < -math.log(-math.log(share))
     return torch.where(chosen[:, None, None], noisy, weights)
 
-# %% ../nbs/07_sft.ipynb #f2a2b935
+# %% ../nbs/07_sft.ipynb #8cfb717d
 def sft_loss(
     model,                # a `LatentLM`
     prompt_ids: Tensor,   # [N, P]
@@ -77,7 +78,7 @@ def sft_loss(
     entropy = torch.special.entr(weights[real]).sum(-1).mean()
     return loss, (loss - entropy).detach()
 
-# %% ../nbs/07_sft.ipynb #5f241ca7
+# %% ../nbs/07_sft.ipynb #3e720d4a
 def cosine(step: int, steps: int, warmup: float = 0.05) -> float:
     "Learning-rate factor: linear warm-up, then half a cosine to zero"
     up = max(1, int(warmup * steps))
@@ -97,7 +98,7 @@ def _noisy_batch(examples, keys, noise_scale, noise_share):
     inputs = perturb_labels(ids, weights, keys, noise_scale, noise_share)
     return prompt_ids, prompt_mask, ids, weights, inputs
 
-# %% ../nbs/07_sft.ipynb #d43b7ee6
+# %% ../nbs/07_sft.ipynb #413f2e6b
 def train_sft(
     model,                     # trained in place
     task,                      # a `Task` whose training rows have a chain
@@ -138,7 +139,7 @@ def train_sft(
     model.eval()
     return dict(step=steps, loss=loss.item(), kl=smooth)
 
-# %% ../nbs/07_sft.ipynb #40fd177e
+# %% ../nbs/07_sft.ipynb #81bde34b
 def toy_start(
     seed: int = 0,
     steps: int = 1000,

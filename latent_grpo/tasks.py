@@ -7,13 +7,13 @@ __all__ = ['OPERATORS', 'FIELDS', 'LABEL_WEIGHTS', 'FILLER', 'needed', 'evaluate
            'check_row', 'load_rows', 'load_hub', 'label_weights', 'compress', 'exact_match', 'Task', 'WordVocab',
            'chain_task']
 
-# %% ../nbs/01_tasks.ipynb #f3817edf
+# %% ../nbs/01_tasks.ipynb #5ed950f9
 import gzip, hashlib, json, random
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Callable
 
-# %% ../nbs/01_tasks.ipynb #929349dc
+# %% ../nbs/01_tasks.ipynb #ee1ceb63
 OPERATORS = {'+': lambda x, y: x + y, '-': lambda x, y: x - y, '*': lambda x, y: x * y}
 
 def needed(
@@ -29,7 +29,7 @@ def needed(
             todo += [int(x[1:]) for x in defs[i] if isinstance(x, str) and x[0] == 'v']
     return found
 
-# %% ../nbs/01_tasks.ipynb #856f98ed
+# %% ../nbs/01_tasks.ipynb #d90e41c7
 def evaluate_steps(
     defs: list,              # see `needed`
     query: int,              # index of the variable asked for
@@ -49,7 +49,7 @@ def evaluate_steps(
         left.remove(i)
     return steps
 
-# %% ../nbs/01_tasks.ipynb #2d8db597
+# %% ../nbs/01_tasks.ipynb #68270c65
 def chain_row(
     rng: random.Random,      # source of the problem
     modulus: int,            # arithmetic modulo this
@@ -81,7 +81,7 @@ def chain_row(
     return dict(problem=text, answer=str(chain[-1][-1]), cot=' '.join(words), first_steps=first,
                 id=f'chain{modulus}-' + hashlib.sha1(text.encode()).hexdigest()[:10])
 
-# %% ../nbs/01_tasks.ipynb #6809dc7f
+# %% ../nbs/01_tasks.ipynb #bd21c567
 def split_of(
     text: str,   # the problem, as the model reads it
 ) -> str:        # 'train' (80 %), 'validation' (10 %) or 'test' (10 %)
@@ -106,7 +106,7 @@ def chain_rows(
             seen.add(row['problem'])
     raise ValueError(f'sizes={sizes}: not enough distinct problems modulo {modulus}; ask for fewer')
 
-# %% ../nbs/01_tasks.ipynb #95e43d29
+# %% ../nbs/01_tasks.ipynb #c6c77371
 FIELDS = ('problem', 'answer')
 
 def check_row(
@@ -128,7 +128,7 @@ def _parse(line, where):
     except json.JSONDecodeError as e:
         raise ValueError(f'{where}: not valid JSON ({e.msg})') from None
 
-# %% ../nbs/01_tasks.ipynb #d2119602
+# %% ../nbs/01_tasks.ipynb #3d535900
 def load_rows(
     path: str | Path,    # .jsonl or .jsonl.gz
     drop: str = '',      # leave out rows in which this field is true (e.g. 'in_aug_valid')
@@ -150,7 +150,7 @@ def load_rows(
     if not rows: raise ValueError(f'{path.name}: no rows; expected one JSON object a line')
     return rows
 
-# %% ../nbs/01_tasks.ipynb #08923738
+# %% ../nbs/01_tasks.ipynb #3706d465
 def load_hub(
     name: str,                    # dataset id on the Hugging Face hub
     split: str = 'train',
@@ -169,7 +169,7 @@ def load_hub(
     return [check_row({**r, **{o: r[t] for o, t in columns.items()}}, f'{name}[{split}] row {i}')
             for i, r in enumerate(data)]
 
-# %% ../nbs/01_tasks.ipynb #a9911c77
+# %% ../nbs/01_tasks.ipynb #c7bdd1d6
 # Weight of the j-th content token in a group of n (ours): unequal, so that the order of the parts
 # can be read back.
 LABEL_WEIGHTS = {1: (1.,), 2: (.55, .45), 3: (.25, .30, .45)}
@@ -194,7 +194,7 @@ def compress(
         if content: labels.append((content, tuple(w / sum(powers) for w in powers)))
     return labels
 
-# %% ../nbs/01_tasks.ipynb #42d94c0e
+# %% ../nbs/01_tasks.ipynb #5c73ff6e
 def exact_match(
     text: str,     # what the model answered
     answer: str,   # the row's answer
@@ -203,7 +203,7 @@ def exact_match(
     "Right when the answer is, letter for letter, the expected one"
     return text.strip() == answer.strip()
 
-# %% ../nbs/01_tasks.ipynb #c24bc7e0
+# %% ../nbs/01_tasks.ipynb #695dfc12
 @dataclass
 class Task:
     "Problems joined to a tokenizer: all that training and evaluation need to know of a task"
@@ -264,7 +264,7 @@ class Task:
         text = self.answer_text(ids) if ended else None
         return float(text is not None and self.grade(text, row['answer'], row['id']))
 
-# %% ../nbs/01_tasks.ipynb #487d60ce
+# %% ../nbs/01_tasks.ipynb #9095a52c
 class WordVocab:
     "A tokenizer whose tokens are whole words separated by spaces"
     def __init__(self, words):
@@ -279,7 +279,7 @@ class WordVocab:
 
 FILLER = ('let', ':', 'and', 'so', '=')
 
-# %% ../nbs/01_tasks.ipynb #23872b53
+# %% ../nbs/01_tasks.ipynb #768b34f0
 def chain_task(
     sizes: dict | None = None,   # rows per split
     modulus: int = 7,

@@ -7,7 +7,7 @@ __all__ = ['ARCHITECTURE', 'FREE', 'draw_groups', 'valid_of', 'step_advantages',
            'validation', 'save_policy', 'load_policy', 'empty_model', 'supervised_start', 'score_policy', 'prepare',
            'same_run', 'run']
 
-# %% ../nbs/20_train.ipynb #75aafee9
+# %% ../nbs/20_train.ipynb #ea529b90
 from pathlib import Path
 import copy, json, time
 import torch
@@ -24,7 +24,7 @@ from .selection import beginning_logps, first_step_mask
 from .sft import train_sft
 from .vanilla import training_row, update
 
-# %% ../nbs/20_train.ipynb #196085d1
+# %% ../nbs/20_train.ipynb #455278ef
 def draw_groups(
     model, task, cfg: Config,
     position: int,         # in the stream of training rows
@@ -53,7 +53,7 @@ def draw_groups(
     if not kept: return None, None, position, _summary(drawn)
     return join(kept), torch.cat(kept_rewards), position, _summary(drawn)
 
-# %% ../nbs/20_train.ipynb #fb467d70
+# %% ../nbs/20_train.ipynb #b47880be
 def valid_of(r: Rollout, cfg: Config) -> Tensor:   # [B, G] bool
     "Which rollouts are valid under the configuration's rule"
     lengths = r.response_mask.sum(1)
@@ -68,7 +68,7 @@ def _summary(drawn):
                 equal_groups=value('equal'), latent_length=value('latent_length'),
                 text_length=value('text_length'), support=value('support'), draws=len(drawn))
 
-# %% ../nbs/20_train.ipynb #8e45ad5a
+# %% ../nbs/20_train.ipynb #fc3d2ed0
 def step_advantages(
     r: Rollout,
     rewards: Tensor,   # [B, G]
@@ -84,14 +84,14 @@ def step_advantages(
         steps[:, 0] = steps[:, 0] * speaks.flatten()
     return steps
 
-# %% ../nbs/20_train.ipynb #00eeaf57
+# %% ../nbs/20_train.ipynb #e28cfe4f
 def make_optimizer(model, cfg: Config):
     "AdamW over everything but the input embeddings"
     model.embed.requires_grad_(False)
     params = [p for p in model.parameters() if p.requires_grad]
     return torch.optim.AdamW(params, lr=cfg.lr, weight_decay=cfg.weight_decay)
 
-# %% ../nbs/20_train.ipynb #3ae2f4b3
+# %% ../nbs/20_train.ipynb #bc96e41a
 def train_step(model, opt, task, cfg: Config, state: dict, reference=None) -> dict:
     "Draw, update, report; `state` counts on"
     start, sampling = time.time(), sampling_of(cfg, task.end_latent_ids[0])
@@ -111,7 +111,7 @@ def train_step(model, opt, task, cfg: Config, state: dict, reference=None) -> di
     return dict(step=state['step'], **metrics,
                 rollout_seconds=drawn - start, update_seconds=time.time() - drawn)
 
-# %% ../nbs/20_train.ipynb #43afbff4
+# %% ../nbs/20_train.ipynb #2e407811
 def _due(step, every):
     "Is it time again? Never when `every` is 0"
     return every and step % every == 0
@@ -123,7 +123,7 @@ def _show(progress, row):
     progress.set_postfix(reward=f"{row['reward']:.2f}", length=f'{length:.1f}',
                          invalid=f"{row['invalid']:.2f}")
 
-# %% ../nbs/20_train.ipynb #e77cd129
+# %% ../nbs/20_train.ipynb #23f5a2dd
 def _full_precision(dtype, cfg):
     if dtype != torch.float32:
         raise ValueError(f'dtype={dtype}: a step of lr={cfg.lr} is lost in the rounding of such '
@@ -165,7 +165,7 @@ def train_rl(
     progress.close()
     return log.rows
 
-# %% ../nbs/20_train.ipynb #136935ec
+# %% ../nbs/20_train.ipynb #0df7e650
 def validation(model, task, cfg: Config, reference=None) -> dict:
     "Noise-free Pass@1 on the validation rows, and KL to the initial policy in nats per step"
     s = sampling_of(cfg, task.end_latent_ids[0], noise_free=True)
@@ -173,7 +173,7 @@ def validation(model, task, cfg: Config, reference=None) -> dict:
                      max_steps=cfg.eval_max_steps or cfg.max_steps, reference=reference)
     return dict(validation=score['pass1'], kl=score['kl'])
 
-# %% ../nbs/20_train.ipynb #a1c0c13b
+# %% ../nbs/20_train.ipynb #8bdae734
 # settings that a saved policy keeps
 ARCHITECTURE = ('model', 'width', 'layers', 'heads', 'ff', 'vocab_size')
 
@@ -187,7 +187,7 @@ def save_policy(path: Path, model, cfg: Config, tokenizer=None):
         if hasattr(model, 'lm'): model.lm.config.save_pretrained(folder/'architecture')
     write_folder(path, write)
 
-# %% ../nbs/20_train.ipynb #3341c2ef
+# %% ../nbs/20_train.ipynb #122d15ac
 def load_policy(
     path: Path,
     files: list = (),  # problem files or hub datasets to load instead of the run's own rows
@@ -212,7 +212,7 @@ def load_policy(
     load_model(model, str(path/'model.safetensors'))
     return model.eval().to(device_of(cfg)), task, cfg
 
-# %% ../nbs/20_train.ipynb #85816a9b
+# %% ../nbs/20_train.ipynb #86bc001c
 def empty_model(path: Path, cfg: Config, task):
     "The architecture of a saved policy; its weights are still to be loaded"
     if not (path/'architecture').exists(): return build_model(cfg, task)
@@ -220,7 +220,7 @@ def empty_model(path: Path, cfg: Config, task):
     from latent_grpo.model import HFLM
     return HFLM(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path/'architecture')))
 
-# %% ../nbs/20_train.ipynb #837c53d1
+# %% ../nbs/20_train.ipynb #8908766b
 def supervised_start(model, task, cfg: Config, out: Path | None = None, bar: bool = True):
     "Explicit SFT and then Latent-SFT, as many steps of each as the configuration says"
     explicit = cfg.explicit_sft if cfg.explicit_first or not cfg.latent else 0
@@ -231,7 +231,7 @@ def supervised_start(model, task, cfg: Config, out: Path | None = None, bar: boo
                   noise_scale=cfg.label_noise, noise_share=cfg.label_noise_share,
                   log=log and (lambda row: log(**row)))
 
-# %% ../nbs/20_train.ipynb #57f66f5b
+# %% ../nbs/20_train.ipynb #53ec5cb6
 def score_policy(
     model, task, cfg: Config,
     splits=None,          # names; default: the test splits, or validation if there are none
@@ -255,7 +255,7 @@ def score_policy(
             out.setdefault(split, {})[name] = score
     return out
 
-# %% ../nbs/20_train.ipynb #be6a445d
+# %% ../nbs/20_train.ipynb #652831d1
 def prepare(cfg: Config, out: Path, bar: bool = True):
     "Supervised start of a configuration, saved as out/init"
     task, tokenizer = build_task(cfg)
@@ -282,7 +282,7 @@ def same_run(
             raise ValueError(f'{out}: holds a run with {k}={saved.get(k)!r}, not {wanted[k]!r}; '
                              'name another --out')
 
-# %% ../nbs/20_train.ipynb #88799928
+# %% ../nbs/20_train.ipynb #6d495d9a
 def run(
     cfg: Config,
     out: Path,                  # folder of the run
@@ -312,7 +312,7 @@ def run(
     (out/'scores.json').write_text(json.dumps(scores, indent=1))
     return scores
 
-# %% ../nbs/20_train.ipynb #27954cd0
+# %% ../nbs/20_train.ipynb #5d3d4c33
 def _tokenizer(path):
     if not (path/'tokenizer').exists(): return None
     from transformers import AutoTokenizer

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['training_row', 'Update', 'policy_loss', 'split', 'update', 'plain_advantages', 'rl_step']
 
-# %% ../nbs/09_vanilla.ipynb #a040f347
+# %% ../nbs/09_vanilla.ipynb #5c70cf0a
 from dataclasses import dataclass
 from functools import lru_cache
 import math
@@ -15,7 +15,7 @@ from .grpo import group_advantages, kl_k3, ppo_terms, step_weights
 from .rollout import Rollout, generate, replay_logps, select_groups
 from .sampling import Sampling
 
-# %% ../nbs/09_vanilla.ipynb #8213ad11
+# %% ../nbs/09_vanilla.ipynb #c03c373d
 @lru_cache(maxsize=2)
 def _order(n, seed, epoch):
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
@@ -26,7 +26,7 @@ def training_row(rows: list, position: int, seed: int) -> dict:
     epoch, i = divmod(position, len(rows))
     return rows[_order(len(rows), seed, epoch)[i]]
 
-# %% ../nbs/09_vanilla.ipynb #9d3d72e4
+# %% ../nbs/09_vanilla.ipynb #898793a3
 @dataclass
 class Update:
     "How a batch of rollouts becomes gradient steps; the defaults are the paper's"
@@ -39,7 +39,7 @@ class Update:
     epochs: int = 1
     micro_groups: int = 0       # groups per backward pass; 0: a whole minibatch
 
-# %% ../nbs/09_vanilla.ipynb #133dbe20
+# %% ../nbs/09_vanilla.ipynb #79a27f3d
 def policy_loss(
     model, r: Rollout,
     advantages: Tensor,            # [N, T]
@@ -60,7 +60,7 @@ def policy_loss(
         terms = terms + cfg.kl_coef * penalty
     return (terms * weights).sum(), metrics
 
-# %% ../nbs/09_vanilla.ipynb #368ceef3
+# %% ../nbs/09_vanilla.ipynb #41809f22
 def split(r: Rollout, pieces: int) -> list:    # tensors of group indices
     "Groups of a batch in `pieces` nearly equal parts"
     groups = torch.arange(len(r.prompt_ids), device=r.kind.device)
@@ -82,7 +82,7 @@ def _backward(model, r, advantages, weights, cfg, sampling, reference):
         logs.append(metrics | dict(loss=loss.item(), clipped=share * metrics['clipped']))
     return {k: (max if k == 'ratio_gap' else sum)(m[k] for m in logs) for k in logs[0]}
 
-# %% ../nbs/09_vanilla.ipynb #960b2ac1
+# %% ../nbs/09_vanilla.ipynb #804baa52
 def update(
     model, opt, r: Rollout,
     advantages: Tensor,            # [N, T]; the fixes act here, and nowhere else
@@ -104,7 +104,7 @@ def update(
     return means | dict(first_ratio_gap=logs[0]['ratio_gap'],
                         skipped=sum(m['skipped'] for m in logs))
 
-# %% ../nbs/09_vanilla.ipynb #21c46564
+# %% ../nbs/09_vanilla.ipynb #5a55c68e
 def plain_advantages(r: Rollout, rewards: Tensor) -> Tensor:    # [B, G] to [N, T]
     "Vanilla GRPO: the group advantage of a rollout at each of its steps, no fix"
     return group_advantages(rewards.to(r.kind.device)).flatten()[:, None] * r.action_mask
