@@ -110,12 +110,13 @@ def parser() -> argparse.ArgumentParser:
     shown.add_argument('name', nargs='?', default='', help='one preset')
     return top
 
-# %% ../nbs/25_cli.ipynb #bb505b4d
+# %% ../nbs/25_cli.ipynb #25689e4b
 def show_scores(scores: dict):
     "Print Pass@1 with its interval, lengths and shares, a line per split and mode"
     for split, modes in scores.items():
         if 'noise_free' not in modes: continue         # how long it took, how it was made
         for mode, s in modes.items():
+            if mode == 'diagnostics': continue         # they are in scores.json
             print(f"{split:20}{mode:11}Pass@1 {100*s['pass1']:5.1f} % "
                   f"[{100*s['low']:.1f}, {100*s['high']:.1f}]  n {s['problems']}x{s['samples']}  "
                   f"latent {s['latent_length']:.1f}  text {s['text_length']:.1f}  "

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['one_sided', 'misaligned_share', 'mean_factor']
 
-# %% ../nbs/14_noise.ipynb #67aea2f5
+# %% ../nbs/14_noise.ipynb #23a7a5f6
 from dataclasses import replace
 import math
 import torch
 from .sampling import Sampling, gradient_factor
 
-# %% ../nbs/14_noise.ipynb #8aa7d49c
+# %% ../nbs/14_noise.ipynb #7709ca8d
 def one_sided(
     sampling: Sampling,
     delta: float = 1e-6,   # small and positive (paper); 0 in the released code
@@ -30,7 +30,7 @@ def misaligned_share(
     factor = gradient_factor(margins, estimator, advantages)
     return ((factor < 0) & (advantages != 0)).float().mean().item()
 
-# %% ../nbs/14_noise.ipynb #972960a3
+# %% ../nbs/14_noise.ipynb #d1ae3401
 def mean_factor(
     noise_scale: float = 1.0,
     clip: tuple | None = (-1.5, 3.0),

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['beginning_logps', 'first_step_mask']
 
-# %% ../nbs/15_selection.ipynb #7c5134cd
+# %% ../nbs/15_selection.ipynb #72337c54
 import torch
 from torch import Tensor
 
-# %% ../nbs/15_selection.ipynb #bf7926ef
+# %% ../nbs/15_selection.ipynb #be34f676
 def beginning_logps(
     logps: Tensor,     # [N, T] log-probability of each step when it was drawn
     mask: Tensor,      # [N, T] bool: the actions
@@ -19,7 +19,7 @@ def beginning_logps(
     if variant != 'released': return logps[:, 0]
     return (logps * mask).sum(1) / mask.sum(1).clamp(min=1)
 
-# %% ../nbs/15_selection.ipynb #aaa401b9
+# %% ../nbs/15_selection.ipynb #6ca018e7
 def first_step_mask(
     advantages: Tensor,    # [B, G]
     correct: Tensor,       # [B, G] bool

@@ -7,12 +7,13 @@ __all__ = ['ARCHITECTURE', 'FREE', 'draw_groups', 'valid_of', 'step_advantages',
            'validation', 'save_policy', 'load_policy', 'empty_model', 'supervised_start', 'score_policy', 'prepare',
            'same_run', 'run']
 
-# %% ../nbs/20_train.ipynb #ea529b90
+# %% ../nbs/20_train.ipynb #1c815f9d
 from pathlib import Path
 import copy, json, time
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
+from .diagnostics import diagnose
 from .evaluate import evaluate, rollout_metrics
 from .masking import masked_advantages, valid_rollouts
 from .presets import (Config, build_model, build_task, device_of, parse_value,
@@ -231,13 +232,13 @@ def supervised_start(model, task, cfg: Config, out: Path | None = None, bar: boo
                   noise_scale=cfg.label_noise, noise_share=cfg.label_noise_share,
                   log=log and (lambda row: log(**row)))
 
-# %% ../nbs/20_train.ipynb #53ec5cb6
+# %% ../nbs/20_train.ipynb #810bc50f
 def score_policy(
     model, task, cfg: Config,
     splits=None,          # names; default: the test splits, or validation if there are none
-    reference=None,
+    reference=None,       # the initialisation: KL to it, and the failures' metrics
     seed: int = 0,        # of the evaluation noise
-) -> dict:                # split -> {'noise_free': ..., 'sampled': ...}
+) -> dict:                # split -> {'noise_free': ..., 'sampled': ..., 'diagnostics': ...}
     "Pass@1 without noise and sampled as in training, with intervals, on each split"
     out = {}
     tests = [s for s in task.rows if s not in ('train', 'validation')]
@@ -253,6 +254,10 @@ def score_policy(
             right = score.pop('correct').sum(1).astype(int).tolist()
             if samples > 1: score['counts'] = right      # right answers per problem, for pass@k
             out.setdefault(split, {})[name] = score
+        if cfg.latent and reference is not None:
+            some, limit = task.rows[split][:128], cfg.eval_max_steps or cfg.max_steps
+            out[split]['diagnostics'] = diagnose(model, reference, task, some, s,
+                                                 cfg.group_size, limit, seed=1_000_003 + seed)
     return out
 
 # %% ../nbs/20_train.ipynb #652831d1

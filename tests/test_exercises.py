@@ -31,6 +31,9 @@ WRONG = {
     "17_evaluate": ["lambda a, b: wilson_interval(int(b.sum()), 100).low > "
                     "wilson_interval(int(a.sum()), 100).high", "3",
                     "lambda p, k: (1 - (1 - p)**k, 1 - (1 - p)**k)"],
+    "23_released": ["10", "lambda p, kept, word: math.log(p[word])",
+                    "lambda A, liking, valid: A * valid * first_step_mask((A * valid)[None], "
+                    "(A > 0)[None], liking[None], 'released')[0]"],
     "24_explore": [".9", "('11000000', '11000000')", "lambda own: own / 2"],
 }
 

@@ -1,0 +1,139 @@
+"""docs/: what runs log is explained, numbers and code names are the real ones, links lead somewhere."""
+import ast
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from helpers import config, started, word_task
+from latent_grpo.compare import COLUMNS, table_rows
+from latent_grpo.evaluate import evaluate
+from latent_grpo.presets import sampling_of
+from latent_grpo.train import run, score_policy, train_rl
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+TOY = json.loads((ROOT / "docs/results/toy.json").read_text("utf-8"))
+GLOSSARY, NOTATION = ((ROOT / f"docs/{n}.md").read_text("utf-8") for n in ("glossary", "notation"))
+
+
+def names(text): return set(re.findall(r"`([^`]+)`", text))
+
+
+def table(page, heading):
+    """Cells of the rows below a heading, without the head of the table."""
+    text = page.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    rows = re.findall(r"^\|(.*)\|$", text, re.M)
+    return [[cell.strip() for cell in row.split("|")] for row in rows][2:]
+
+
+def keys(heading): return set().union(*(names(row[0]) for row in table(GLOSSARY, heading)))
+
+
+# --- the glossary explains what is written ---
+
+@pytest.fixture(scope="module")
+def policy():
+    task = word_task()
+    return started(task), task
+
+
+def test_every_key_of_the_log_and_no_other(policy, tmp_path):
+    model, task = policy
+    cfg = config(steps=2, eval_every=1, kl_coef=0.1)
+    train_rl(model, task, cfg, tmp_path, bar=False)
+    logged = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert len(logged) == 2 and set(logged[-1]) == keys("log.jsonl")
+
+
+def test_every_key_of_the_scores_and_no_other(policy):
+    model, task = policy
+    cfg = config(eval_samples=2)
+    scores = score_policy(model, task, cfg, reference=model)["test"]
+    known = set(evaluate(model, task, task.rows["test"], sampling_of(cfg, 2)))
+    assert known | set(scores["sampled"]) == keys("scores.json")
+    assert set(scores["diagnostics"]) == keys("Diagnostics")
+    assert set(scores) <= names(GLOSSARY)
+
+
+def test_every_key_of_a_run(tmp_path):
+    cfg = config(steps=1, latent_sft=1, train_rows=200, test_rows=4, sft_batch=4, top_k=4)
+    scores = run(cfg, tmp_path, bar=False)
+    rows = [json.loads(line) for line in (tmp_path / "sft-latent.jsonl").read_text().splitlines()]
+    assert rows and set(rows[0]) == keys("sft-explicit.jsonl, sft-latent.jsonl")
+    assert {*scores["minutes"], *scores["made"], "minutes", "made"} <= names(GLOSSARY)
+
+
+def test_every_key_of_a_comparison():
+    one = TOY["results"][-1]
+    parts = [TOY, one, one["curve"], one["scores"]["minutes"], *one["scores"]["test"].values()]
+    assert set().union(*parts) | set(one["scores"]["test"]) <= names(GLOSSARY)
+    rows = table(GLOSSARY, "results.json and the tables of `compare`")
+    assert set(table_rows(TOY["results"])[0]) == set().union(*(names(row[0]) for row in rows))
+    shown = [column for row in rows for column in row[1].split(", ")]
+    assert set(COLUMNS.values()) < set(shown)
+
+
+LEARNT, LOST = "vanilla masked first-token exact centred".split(), "one-sided paper released".split()
+
+
+@pytest.mark.parametrize("row", table(GLOSSARY, "Measured on the toy"), ids=lambda row: row[0])
+def test_measured_ranges_are_those_of_the_record(row):
+    key = row[0].strip("`")
+    logged, how = key in ("reward", "validation"), "noise_free" if key == "pass1" else "sampled"
+    if key in keys("Diagnostics"): how = "diagnostics"
+    for said, methods in zip(row[1:], (["latent-start"], LEARNT, LOST), strict=True):
+        start = methods == ["latent-start"]
+        if logged and start: methods = LEARNT + LOST
+        runs = [r for r in TOY["results"] if r["method"] in methods]
+        if logged: found = [r["curve"][key][0 if start else -1] for r in runs]
+        else: found = [r["scores"]["test"][how][key] for r in runs]
+        assert len(runs) >= 5
+        assert said == (f"{min(found):.2f} to {max(found):.2f}" if None not in found else "")
+
+
+# --- the notation page names what exists ---
+
+def bound():
+    """Names that each notebook's cells bind in the package: definitions, parameters, fields, locals."""
+    found = {}
+    for path in (ROOT / "latent_grpo").glob("[!_]*.py"):
+        parts = re.split(r"^# %% \.\./(nbs/\S+) .*$", path.read_text("utf-8"), flags=re.M)
+        for page, code in zip(parts[1::2], parts[2::2]):
+            for node in ast.walk(ast.parse(code)):
+                name = getattr(node, "name", None) or getattr(node, "arg", None)
+                if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store): name = node.id
+                found.setdefault(page, set()).add(name)
+    return found
+
+
+BOUND = bound()
+GROUPS = re.findall(r"^## (.*)$", NOTATION, re.M)[:-1]     # the last one is of words
+
+
+def test_the_groups_are_there():
+    assert len(GROUPS) == 8 and all(len(table(NOTATION, g)) > 5 for g in GROUPS)
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_code_names_exist_in_the_lesson_that_is_named(group):
+    for symbol, code, *_, lesson in table(NOTATION, group):
+        links = re.findall(r"\]\(\.\./(nbs/\S+?)\)", lesson)
+        assert links and names(code), symbol
+        missing = names(code) - set().union(*(BOUND.get(page, set()) for page in links))
+        assert not missing, f"{missing} not in {links}"
+
+
+# --- links ---
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_links_lead_somewhere(path):
+    text = path.read_text("utf-8")
+    heads = {re.sub(r"[^\w -]", "", h).lower().replace(" ", "-")
+             for h in re.findall(r"^#+ (.*)$", text, re.M)}
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if link.startswith("#"): assert link[1:] in heads, link
+        elif "://" not in link: assert (path.parent / link.partition("#")[0]).exists(), link
+    for shown, number in re.findall(r"\[(\d\d)\]\(\.\./nbs/(\d\d)_", text):
+        assert shown == number
