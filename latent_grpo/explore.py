@@ -6,15 +6,16 @@
 __all__ = ['CORNERS', 'SHARES', 'explore', 'frames', 'simplex_weights', 'mixture_simplex', 'noise_of', 'gumbel_margin',
            'group_of_eight', 'path_probs', 'two_paths', 'pass_at_k_by_noise']
 
-# %% ../nbs/24_explore.ipynb #6280fd7e
+# %% ../nbs/24_explore.ipynb #40ed9667
 from contextlib import contextmanager
 from io import BytesIO
 import inspect
 import numpy as np
 import torch
+from .diagnostics import misalignment_rate
 from .evaluate import bootstrap_interval, pass_at_k
 from .masking import masked_advantages
-from .noise import mean_factor, misaligned_share, one_sided
+from .noise import mean_factor, one_sided
 from .plots import style
 from .sampling import Sampling, draw_latent, mixture_weights, noise_keys
 
@@ -137,7 +138,7 @@ def _density(ax, sampling):
     ax.set(ylabel='density')
     ax.margins(y=.15)
 
-# %% ../nbs/24_explore.ipynb #05b4ed15
+# %% ../nbs/24_explore.ipynb #6542a033
 def gumbel_margin(
     side: str = 'two-sided',       # or 'one-sided': shifted to be never negative
     scale: float = 1.,             # sigma
@@ -157,7 +158,7 @@ def gumbel_margin(
         below.set(ylim=(-3, 1.2), xlabel='margin Δ (nats); shaded: moves the wrong way',
                   ylabel='factor 1 - exp(-Δ)')
         below.legend(loc='lower right')
-        wrong = misaligned_share(margins, torch.tensor(1.))
+        wrong = misalignment_rate(margins, torch.tensor(1.))
         top.set_title(f'{side}, scale {scale:g}\nmean factor {mean:+.3f}, misaligned {wrong:.0%}')
     return fig
 

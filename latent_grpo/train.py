@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ARCHITECTURE', 'FREE', 'draw_groups', 'valid_of', 'step_advantages', 'make_optimizer', 'train_step', 'train_rl',
-           'validation', 'save_policy', 'load_policy', 'empty_model', 'supervised_start', 'score_policy', 'prepare',
-           'same_run', 'run']
+           'validation', 'save_policy', 'load_policy', 'empty_model', 'supervised_start', 'failure_metrics',
+           'score_policy', 'prepare', 'same_run', 'run']
 
 # %% ../nbs/20_train.ipynb #1c815f9d
 from pathlib import Path
@@ -232,7 +232,13 @@ def supervised_start(model, task, cfg: Config, out: Path | None = None, bar: boo
                   noise_scale=cfg.label_noise, noise_share=cfg.label_noise_share,
                   log=log and (lambda row: log(**row)))
 
-# %% ../nbs/20_train.ipynb #810bc50f
+# %% ../nbs/20_train.ipynb #cb1e379e
+def failure_metrics(model, reference, task, cfg: Config, rows: list, seed: int = 0) -> dict:
+    "The metrics of lessons 10, 11, 12 and 16 on groups drawn as in training"
+    return diagnose(model, reference, task, rows, sampling_of(cfg, task.end_latent_ids[0]),
+                    cfg.group_size, cfg.eval_max_steps or cfg.max_steps, seed=1_000_003 + seed)
+
+# %% ../nbs/20_train.ipynb #08d17a01
 def score_policy(
     model, task, cfg: Config,
     splits=None,          # names; default: the test splits, or validation if there are none
@@ -255,9 +261,8 @@ def score_policy(
             if samples > 1: score['counts'] = right      # right answers per problem, for pass@k
             out.setdefault(split, {})[name] = score
         if cfg.latent and reference is not None:
-            some, limit = task.rows[split][:128], cfg.eval_max_steps or cfg.max_steps
-            out[split]['diagnostics'] = diagnose(model, reference, task, some, s,
-                                                 cfg.group_size, limit, seed=1_000_003 + seed)
+            out[split]['diagnostics'] = failure_metrics(model, reference, task, cfg,
+                                                        task.rows[split][:128], seed)
     return out
 
 # %% ../nbs/20_train.ipynb #652831d1

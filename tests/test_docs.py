@@ -1,4 +1,4 @@
-"""docs/: what runs log is explained, numbers and code names are the real ones, links lead somewhere."""
+"""docs/: what runs log is explained, numbers and code names are the real ones, links resolve."""
 import ast
 import json
 import re
@@ -75,7 +75,8 @@ def test_every_key_of_a_comparison():
     assert set(COLUMNS.values()) < set(shown)
 
 
-LEARNT, LOST = "vanilla masked first-token exact centred".split(), "one-sided paper released".split()
+LEARNT = ["vanilla", "masked", "first-token", "exact", "centred"]
+LOST = ["one-sided", "paper", "released"]
 
 
 @pytest.mark.parametrize("row", table(GLOSSARY, "Measured on the toy"), ids=lambda row: row[0])
@@ -96,7 +97,7 @@ def test_measured_ranges_are_those_of_the_record(row):
 # --- the notation page names what exists ---
 
 def bound():
-    """Names that each notebook's cells bind in the package: definitions, parameters, fields, locals."""
+    """Names that the cells of each notebook bind in the package, parameters and locals too."""
     found = {}
     for path in (ROOT / "latent_grpo").glob("[!_]*.py"):
         parts = re.split(r"^# %% \.\./(nbs/\S+) .*$", path.read_text("utf-8"), flags=re.M)

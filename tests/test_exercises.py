@@ -31,6 +31,16 @@ WRONG = {
     "17_evaluate": ["lambda a, b: wilson_interval(int(b.sum()), 100).low > "
                     "wilson_interval(int(a.sum()), 100).high", "3",
                     "lambda p, k: (1 - (1 - p)**k, 1 - (1 - p)**k)"],
+    "10_manifold": ["(lambda s: 3 * s, .513)", "True", "lambda p, a, b: math.log(1 / p) / (b - a)"],
+    "11_misalignment": [".5", "(lambda c: math.exp(-c), 1.53)"],
+    "12_closure": ["lambda h: h / 2", "(lambda s1, s2: s1 * s2, 0)",
+                   "lambda q, logps: (logps.exp() * logps).sum() - (logps.exp() * q.log()).sum()"],
+    "13_masking": ["{'off': (.5, -1.5), 'paper': (.5, 0.), 'released': (.5, 0.)}",
+                   "lambda ended, right: right > 0", "0."],
+    "14_noise": ["1.", "lambda sigma: 1.5 * sigma"],
+    "15_selection": ["-2.82", "1.5"],
+    "16_zero_mean": ["lambda sigma: 0.", "lambda R, mu: (R[:, None] * mu).sum(0)", "1."],
+    "22_compare": ["lambda d: sum(d) > 0", "lambda none, a, b, both: both - none"],
     "23_released": ["10", "lambda p, kept, word: math.log(p[word])",
                     "lambda A, liking, valid: A * valid * first_step_mask((A * valid)[None], "
                     "(A > 0)[None], liking[None], 'released')[0]"],

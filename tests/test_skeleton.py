@@ -29,11 +29,12 @@ ALLOWED = {
     "evaluate": {"latent", "rollout", "sampling"},
     "presets": {"grading", "model", "noise", "sampling", "tasks", "vanilla"},
     "runs": set(),
-    "train": {"evaluate", "masking", "model", "presets", "rollout", "runs", 
+    "diagnostics": {"grpo", "latent", "rollout", "sampling"},
+    "train": {"diagnostics", "evaluate", "masking", "model", "presets", "rollout", "runs",
               "selection", "sft", "vanilla"},
     "plots": set(),
     "compare": {"evaluate", "plots", "presets", "runs", "sampling", "train", "vanilla"},
-    "explore": {"evaluate", "masking", "noise", "plots", "sampling"},
+    "explore": {"diagnostics", "evaluate", "masking", "noise", "plots", "sampling"},
     "cli": {"compare", "presets", "runs", "train"},
 }
 
