@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-fast export check notebooks clean
+.PHONY: help venv demo test test-fast export lint check notebooks docs site-test clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -33,7 +33,10 @@ export: $(STAMP)  ## write latent_grpo/ from nbs/ and clean the notebooks
 	$(BIN)/nbdev_export
 	$(BIN)/nbdev_clean
 
-check: export  ## fail when export or clean change or add a file
+lint: $(STAMP)  ## names without a definition, imports without use, and the like (ruff)
+	$(BIN)/ruff check
+
+check: lint export  ## lint; fail when export or clean change or add a file
 	git --no-pager diff --exit-code
 	@new=$$(git ls-files --others --exclude-standard nbs latent_grpo); \
 		test -z "$$new" || { echo "not in git: $$new"; exit 1; }
@@ -41,6 +44,13 @@ check: export  ## fail when export or clean change or add a file
 notebooks: $(STAMP)  ## run the notebooks in place to refresh their outputs (NBS="nbs/01_tasks.ipynb")
 	$(BIN)/python docs/execute.py $(NBS)
 	$(BIN)/nbdev_clean
+
+docs: $(STAMP)  ## build the site into _docs from freshly run notebooks
+	$(BIN)/pip install -q -c constraints.txt -e ".[docs]"
+	$(BIN)/python docs/build.py
+
+site-test: $(STAMP)  ## look at the built site in Chromium
+	SITE_TEST=1 $(BIN)/python -m pytest -q -m site tests/test_site.py
 
 clean:  ## remove everything that can be made again, .venv excepted
 	rm -rf build dist *.egg-info _proc _executed _docs .pytest_cache .hypothesis

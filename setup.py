@@ -1,4 +1,5 @@
 """Packaging: every fact comes from settings.ini, the file that nbdev reads too."""
+import re
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -11,20 +12,31 @@ cfg = config["DEFAULT"]
 
 suffix = "_requirements"
 extras = {key[:-len(suffix)]: cfg[key].split() for key in cfg if key.endswith(suffix)}
-extras["all"] = sorted({req for name, reqs in extras.items() if name != "dev" for req in reqs})
+extras["all"] = sorted({req for name, reqs in extras.items() if name not in ("dev", "docs") for req in reqs})
 
-readme = here / "README.md"
-lib = cfg["lib_name"]
+lib, home = cfg["lib_name"], cfg["git_url"]
+pages = f"{home}/blob/{cfg['branch']}"
+
+# An index shows the README far from the repository: its links and pictures become absolute.
+readme = (here / "README.md").read_text("utf-8")
+readme = re.sub(r"\]\((?![a-z]+:|#)", f"]({pages}/", readme)
+readme = re.sub(r'src="(?![a-z]+:)', f'src="{home}/raw/{cfg["branch"]}/', readme)
 
 setup(
     name=lib,
     version=cfg["version"],
     description=cfg["description"],
-    long_description=readme.read_text("utf-8") if readme.exists() else cfg["description"],
+    long_description=readme,
     long_description_content_type="text/markdown",
     keywords=cfg["keywords"],
     author=cfg["author"],
     license=cfg["license"].upper(),
+    project_urls={
+        "Source": home,
+        "Documentation": cfg["doc_host"] + cfg["doc_baseurl"],
+        "Changelog": f"{pages}/CHANGELOG.md",
+        "Issues": f"{home}/issues",
+    },
     packages=[cfg["lib_path"]],
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),

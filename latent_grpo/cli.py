@@ -94,13 +94,30 @@ def _compare_options(add):
     p.add_argument('--data', default='', help='training problems, as for train')
     p.add_argument('--test', action='append', default=[])
 
-# %% ../nbs/25_cli.ipynb #fd169069
+# %% ../nbs/25_cli.ipynb #05fded8e
+class _Completion(argparse.Action):
+    "Print what a shell needs to complete commands, options, presets, methods and files; leave"
+    def __call__(self, top, args, shell, option=None):
+        try: import shtab
+        except ImportError: top.error(f'{option}: pip install "latent_grpo[completion]"')
+        names = dict(preset=PRESETS, name=PRESETS, method=METHODS)
+        files = ('out', 'policy', 'init', 'data', 'test')
+        commands = next(a for a in top._actions if a.dest == 'command').choices.values()
+        for action in (a for c in commands for a in c._actions):
+            if action.dest in names: action.choices = list(names[action.dest])
+            if action.dest in files: action.complete = shtab.FILE
+        print(shtab.complete(top, shell))
+        top.exit()
+
+# %% ../nbs/25_cli.ipynb #9c176359
 def parser() -> argparse.ArgumentParser:
     "The command line; its `--help` is the manual"
     top = argparse.ArgumentParser(
         'latent-grpo', description='Group relative policy optimisation for latent reasoning.',
         epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
     top.add_argument('--version', action='version', version=f'latent-grpo {__version__}')
+    top.add_argument('--print-completion', action=_Completion, choices=('bash', 'zsh', 'tcsh'),
+                     help='for your shell: eval "$(latent-grpo --print-completion bash)"')
     commands = top.add_subparsers(dest='command', required=True, metavar='command')
     add = partial(_command, commands)
     demo = add('demo', 'train, compare and show all methods on the toy task', 'results/demo')

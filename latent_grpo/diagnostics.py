@@ -184,7 +184,7 @@ def baseline_leak(
     "Length of the mean gradient over the mean length of the gradients of one state (ours)"
     return (gradients.mean(0).norm() / gradients.norm(dim=1).mean()).item()
 
-# %% ../nbs/16_zero_mean.ipynb #28a3066c
+# %% ../nbs/16_zero_mean.ipynb #397eb04d
 def expected_score(
     logps: torch.Tensor,        # [N, V] of N states, differentiable
     keys: torch.Tensor,         # [N] noise keys
@@ -201,13 +201,14 @@ def expected_score(
     return total / draws
 
 def drift_index(
-    drifts: torch.Tensor,       # [R, P]: independent estimates of the drift gradient, R >= 2
-    whole: torch.Tensor,        # [P] gradient of the whole update
+    drifts: torch.Tensor,       # [R, P]: drift gradients of R >= 2 disjoint batches
+    wholes: torch.Tensor,       # [R, P]: gradients of the whole update on the same batches
 ) -> float:                     # 0: no drift; 1: as long as the whole update
-    "Length of the drift relative to the update; products of different estimates only (ours)"
-    R, total = len(drifts), drifts.sum(0)
-    squared = (total @ total - (drifts * drifts).sum()) / (R * (R - 1))     # noise does not add
-    return max(0., squared.item())**.5 / whole.norm().item()
+    "Length of the systematic drift over that of the update: products of different batches (ours)"
+    def squared(x):
+        total, R = x.sum(0), len(x)
+        return ((total @ total - (x * x).sum()) / (R * (R - 1))).item()     # noise does not add
+    return (max(0., squared(drifts)) / max(squared(wholes), 1e-30))**.5
 
 # %% ../nbs/16_zero_mean.ipynb #b417e993
 from dataclasses import replace

@@ -158,3 +158,25 @@ def test_a_comparison_without_matplotlib_is_refused_before_it_runs(monkeypatch, 
     monkeypatch.setattr("latent_grpo.compare.find_spec", lambda name: None)
     assert main(["demo", "--out", str(tmp_path)]) == 2
     assert "latent_grpo[plots]" in capsys.readouterr().err
+
+
+TAB = """COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _shtab_latent_grpo; echo "${COMPREPLY[@]}" """
+
+
+@pytest.mark.parametrize("typed, offered", {
+    "t": "train", "train --meth": "--method", "train --method ex": "explicit exact",
+    "compare --preset paper": "paper-low paper-high", "presets gsm": "gsm8k-tiny",
+    "eval --policy run": "runs", "train --resume --out run": "runs"}.items())
+def test_the_tab_key(typed, offered, capsys, tmp_path):
+    with pytest.raises(SystemExit) as stop: main(["--print-completion", "bash"])
+    assert stop.value.code == 0
+    (tmp_path / "runs").mkdir()
+    command = ["bash", "-c", capsys.readouterr().out + TAB, "bash", "latent-grpo", *typed.split(" ")]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=20)
+    assert run.stdout.split() == offered.split(), run.stderr
+
+
+def test_completion_without_its_library_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    with pytest.raises(SystemExit) as stop: main(["--print-completion", "bash"])
+    assert stop.value.code == 2 and "latent_grpo[completion]" in capsys.readouterr().err

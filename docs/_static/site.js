@@ -1,0 +1,41 @@
+// Sliders over pictures drawn beforehand, and the lessons that a reader has ticked off.
+for (const box of document.querySelectorAll('.slider')) {
+  const [input, img, out] = ['input', 'img', 'output'].map(tag => box.querySelector(tag));
+  const values = JSON.parse(box.dataset.values), alt = img.alt;
+  const source = i => img.src.replace(/\d+\.webp$/, String(i).padStart(2, '0') + '.webp');
+  const show = () => {
+    const value = values[input.value];
+    img.src = source(input.value);
+    img.alt = `${alt}; ${input.name} ${value}`;
+    out.value = value;
+    input.setAttribute('aria-valuetext', value);
+  };
+  input.addEventListener('input', show);
+  box.addEventListener('pointerenter', () => values.forEach((_, i) => { new Image().src = source(i); }), { once: true });
+  show();
+}
+
+const read = () => { try { return JSON.parse(localStorage.getItem('lessons') || '[]'); } catch { return []; } };
+const mark = () => {
+  const done = read();
+  for (const link of document.querySelectorAll('a[data-lesson]')) link.classList.toggle('done', done.includes(link.dataset.lesson));
+  for (const count of document.querySelectorAll('.map-count'))
+    count.textContent = `${done.length} of ${count.dataset.of} lessons ticked off in this browser.`;
+};
+for (const tick of document.querySelectorAll('input[data-lesson]')) {
+  tick.checked = read().includes(tick.dataset.lesson);
+  tick.addEventListener('change', () => {
+    const others = read().filter(name => name !== tick.dataset.lesson);
+    try { localStorage.setItem('lessons', JSON.stringify(tick.checked ? [...others, tick.dataset.lesson] : others)); } catch { }
+    mark();
+  });
+}
+mark();
+
+// What scrolls sideways can be reached and scrolled from the keyboard, once the formulas are drawn.
+const reach = () => {
+  for (const box of document.querySelectorAll('pre, div.math, .pst-scrollable-table-container, dt.sig'))
+    if (box.scrollWidth > box.clientWidth) box.tabIndex = 0;
+};
+addEventListener('load', () => Promise.resolve(window.MathJax?.startup?.promise).then(reach));
+addEventListener('resize', reach);

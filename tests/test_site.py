@@ -1,0 +1,211 @@
+"""The built site in a real browser: `make docs`, then `make site-test`; screenshots in _screens.
+
+Without a site or without Chromium these tests are skipped; SITE_TEST=1 (as in `make site-test`) makes
+them fail instead.
+"""
+import json
+import os
+import re
+import shutil
+import threading
+from functools import partial
+from html.parser import HTMLParser
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import unquote
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SITE, SCREENS = ROOT / "_docs", ROOT / "_screens"
+CHROMIUM = shutil.which("chromium")
+PAGES = sorted(str(p.relative_to(SITE)) for p in SITE.rglob("*.html") if "_static" not in p.parts)
+LESSONS = [p for p in PAGES if p.startswith("nbs/")]
+VIEWS = {"laptop": (1280, 800, "light"), "phone": (390, 844, "dark")}
+missing = [what for what, there in (("the site (make docs)", PAGES), ("Chromium", CHROMIUM)) if not there]
+if missing and os.environ.get("SITE_TEST"): pytest.fail(f"missing: {missing}", pytrace=False)
+pytestmark = [pytest.mark.site, pytest.mark.slow,
+              pytest.mark.skipif(bool(missing), reason=f"missing: {', '.join(missing)}")]
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *args): pass
+
+
+@pytest.fixture(scope="module")
+def home():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(SITE)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/"
+    server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    playwright = pytest.importorskip("playwright.sync_api").sync_playwright
+    with playwright() as p:
+        chromium = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture(params=VIEWS)
+def view(request): return request.param
+
+
+@pytest.fixture
+def tab(browser, view, home):
+    """A page that notes what goes wrong on it."""
+    width, height, scheme = VIEWS[view]
+    context = browser.new_context(viewport=dict(width=width, height=height), color_scheme=scheme)
+    page, page.wrong = context.new_page(), []
+    page.on("console", lambda m: page.wrong.append(m.text) if m.type in ("error", "warning") else None)
+    page.on("pageerror", lambda e: page.wrong.append(str(e)))
+    page.on("request", lambda r: page.wrong.append(r.url) if not r.url.startswith((home, "file:", "data:")) else None)
+    page.on("requestfailed", lambda r: page.wrong.append(f"failed: {r.url}"))
+    page.on("response", lambda r: page.wrong.append(f"{r.status} {r.url}") if r.status >= 400 else None)
+    yield page
+    context.close()
+
+
+desktop = pytest.mark.parametrize("view", ["laptop"], indirect=True)
+
+
+def drawn(page):
+    """Wait until the formulas are drawn."""
+    page.wait_for_function("!window.MathJax || (MathJax.startup && MathJax.startup.promise && "
+                           "MathJax.startup.promise.then(() => true))")
+
+
+def faults(page):
+    """What axe-core calls serious or critical."""
+    from axe_playwright_python.sync_playwright import Axe
+    found = Axe().run(page, options={"resultTypes": ["violations"], "preload": False}).response["violations"]
+    return [(v["id"], [n["html"][:150] for n in v["nodes"]][:5]) for v in found if v["impact"] in ("serious", "critical")]
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_page(tab, home, view, name):
+    tab.goto(home + name)
+    drawn(tab)
+    undrawn = tab.evaluate("[...document.querySelectorAll('.math')].filter(m => !m.querySelector('mjx-container')).length")
+    assert not undrawn and not tab.query_selector("mjx-merror")
+    SCREENS.mkdir(exist_ok=True)
+    tab.screenshot(path=SCREENS / f"{name.removesuffix('.html').replace('/', '-')}-{view}.png")
+    wide = """() => document.documentElement.scrollWidth <= innerWidth ? [] : [...document.querySelectorAll('article *')]
+        .filter(e => e.getBoundingClientRect().right > innerWidth).map(e => e.outerHTML.slice(0, 80)).slice(0, 3)"""
+    assert tab.evaluate(wide) == [] and tab.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    bad = "[...document.querySelectorAll('article img')].filter(i => !i.alt || (i.complete && !i.naturalWidth)).map(i => i.src)"
+    assert tab.evaluate(bad) == []
+    assert faults(tab) == []
+    assert tab.wrong == []
+
+
+# --- links ---
+
+class Links(HTMLParser):
+    """Links and ids of a page."""
+    def __init__(self, name):
+        super().__init__()
+        self.links, self.ids = [], set()
+        self.feed((SITE / name).read_text("utf-8"))
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        self.ids |= {attrs["id"]} if "id" in attrs else set()
+        self.links += [attrs[k] for k in ("href", "src") if attrs.get(k)]
+
+
+def test_every_link_and_anchor_leads_somewhere():
+    found, dead = {name: Links(name) for name in PAGES}, []
+    for name, page in found.items():
+        for link in page.links:
+            path, _, anchor = unquote(link).partition("#")
+            if re.match(r"[a-z]+:", path): continue
+            path = path.partition("?")[0]
+            target = os.path.normpath(Path(name).parent / path) if path else name
+            if not (SITE / target).is_file(): dead.append((name, link))
+            elif anchor and target in found and anchor not in found[target].ids: dead.append((name, link))
+    assert len(found) > 50 and not dead
+
+
+@pytest.mark.parametrize("name", LESSONS)
+def test_colab_and_download(name):
+    stem, links = Path(name).stem, Links(name).links
+    assert f"https://colab.research.google.com/github/latent-grpo/latent_grpo/blob/main/nbs/{stem}.ipynb" in links
+    assert (ROOT / f"nbs/{stem}.ipynb").exists()
+    notebook = json.loads((SITE / f"_static/notebooks/{stem}.ipynb").read_text("utf-8"))
+    assert f"../_static/notebooks/{stem}.ipynb" in links and notebook["nbformat"] == 4
+
+
+@pytest.mark.parametrize("name", LESSONS)
+def test_what_nbdev_hides_is_hidden_and_what_is_learnt_is_shown(name):
+    text = (SITE / name).read_text("utf-8")
+    assert "fastcore.test" not in text and "#| " not in text and "pip install -U" not in text
+    assert "What you need to know before" in text and re.search(r"about \d+ minutes to read", text)
+
+
+# --- use ---
+
+@desktop
+@pytest.mark.parametrize("term, page", [("Gumbel", "nbs/05_sampling.html"), ("non-closure", "nbs/12_closure.html"),
+    ("mean_factor", "api/noise.html"), ("effective support", "glossary.html"), ("resume", "faq.html")])
+def test_search(tab, home, term, page):
+    tab.goto(home + "index.html")
+    tab.keyboard.press("Control+k")
+    tab.keyboard.type(term)
+    tab.keyboard.press("Enter")
+    tab.wait_for_selector("#search-results .search li a")
+    tab.wait_for_timeout(1500)
+    links = tab.eval_on_selector_all("#search-results .search li a", "all => all.map(a => a.href)")
+    assert any(page in link for link in links), links[:10]
+    assert tab.wrong == []
+
+
+@desktop
+@pytest.mark.parametrize("lesson", ["04_latent", "12_closure", "13_masking", "14_noise", "17_evaluate"])
+def test_sliders_follow_the_keyboard(tab, home, lesson):
+    tab.goto(f"{home}nbs/{lesson}.html")
+    box = tab.locator(".slider").first
+    image, slider = box.locator("img"), box.locator("input")
+    slider.focus()
+    before, said = image.get_attribute("src"), box.locator("output").inner_text()
+    tab.keyboard.press("ArrowRight")
+    assert image.get_attribute("src") != before and box.locator("output").inner_text() != said
+    assert slider.get_attribute("aria-valuetext") == box.locator("output").inner_text()
+    tab.keyboard.press("Home")
+    assert image.get_attribute("src").endswith("-00.webp")
+    tab.wait_for_function("document.querySelector('.slider img').naturalWidth > 300")
+    tab.goto(f"{home}nbs/24_explore.html")
+    assert tab.locator(".slider").count() == 5 and tab.wrong == []
+
+
+@desktop
+def test_progress_and_theme_are_kept(tab, home):
+    tab.goto(home + "nbs/04_latent.html")
+    tab.locator(".tick input").check()
+    tab.locator("button.theme-switch-button").first.click()
+    mode = tab.evaluate("document.documentElement.dataset.mode")
+    tab.goto(home + "lessons.html")
+    assert tab.locator(".map a.done").get_attribute("data-lesson") == "04_latent"
+    assert tab.evaluate("document.documentElement.dataset.mode") == mode != "auto"
+    assert tab.inner_text(".map-count").startswith("1 of 25")
+
+
+@desktop
+def test_read_from_a_folder_without_a_server(tab):
+    for name in ("index.html", "nbs/05_sampling.html", "api/sampling.html"):
+        tab.goto((SITE / name).as_uri())
+        drawn(tab)
+    tab.goto((SITE / "search.html").as_uri() + "?q=misaligned")
+    tab.wait_for_selector("#search-results .search li a")
+    assert [w for w in tab.wrong if "file:" not in w] == []
+
+
+@desktop
+def test_keyboard_reaches_the_text_first(tab, home):
+    tab.goto(home + "nbs/14_noise.html")
+    tab.keyboard.press("Tab")
+    assert "main-content" in tab.evaluate("document.activeElement.href || ''")
+    tab.keyboard.press("Enter")
+    tab.keyboard.press("Tab")
+    assert tab.evaluate("document.activeElement.closest('main') !== null")
