@@ -25,7 +25,7 @@ def with_answers(path, **kwargs):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook(path, monkeypatch):
     monkeypatch.setattr(sys, "path", sys.path[:])
