@@ -31,6 +31,7 @@ GUIDES = [p.stem for p in PAGES if p.stem not in NUMBERED.values()]
 SETTINGS = ConfigParser()
 SETTINGS.read(ROOT / "settings.ini", encoding="utf-8")
 COLAB = SETTINGS["DEFAULT"]["git_url"].replace("https://github.com", "https://colab.research.google.com/github")
+PUBLIC = {name for _, name in api.OWNERS}
 WRITTEN = set()
 
 
@@ -133,9 +134,9 @@ def arrange(cells):
             if not echo: cell.metadata["tags"] = ["remove-input"]
             if any("image/png" in o.get("data", {}) for o in cell.get("outputs", [])):
                 cell.metadata["mystnb"] = {"image": {"alt": alt_text(cells, i)}}
-            names = re.findall(r"^(?:def|class) (\w+)|^([A-Z_]+)\b.* = ", cell.source, re.M)
-            anchors = [f'<div id="def-{a or b}"></div>' for a, b in names if cell.directives_.keys() & {"export"}]
-            if anchors: out.append(mk_cell("".join(anchors), "markdown"))
+            names = re.findall(r"^(?:def |class )?([\w, ]+?)(?:\(| = |:)", cell.source, re.M)
+            anchors = [f'<div id="def-{n}"></div>' for n in ", ".join(names).split(", ") if n in PUBLIC]
+            if "export" in cell.directives_ and anchors: out.append(mk_cell("".join(anchors), "markdown"))
         out.append(cell)
     return out
 

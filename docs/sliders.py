@@ -2,6 +2,7 @@
 import hashlib
 import html
 import json
+import re
 from functools import partial
 from io import BytesIO
 from pathlib import Path
@@ -76,13 +77,15 @@ def figure(name, cache):
 
 def insert(stem, cells, cache):
     """Put the sliders into a lesson: below the pictures of lesson 24, else before the exercises."""
-    out = []
+    out, title = [], "## Exercises"
     for cell in cells:
         for name, (*_, lessons, _) in SLIDERS.items():
-            live = stem == "24_explore" and cell.cell_type == "code" and (
-                f"explore({name}" in cell.source or f"explore(partial({name}" in cell.source)
-            here = stem[:2] in lessons and cell.cell_type == "markdown" and cell.source.startswith("## Exercises")
-            if here: out.append(mk_cell("## Move it\n\nMore pictures with sliders: [lesson 24](24_explore.ipynb).", "markdown"))
-            if here or live: out.append(mk_cell(figure(name, cache), "markdown"))
+            live = stem == "24_explore" and re.search(rf"explore\((partial\()?{name}\b", cell.source)
+            if cell.cell_type == "code" and live: out.append(mk_cell(figure(name, cache), "markdown"))
+            if stem[:2] in lessons and cell.cell_type == "markdown" and title in cell.source:
+                before, _, cell.source = cell.source.partition(title)
+                cell.source = title + cell.source
+                lead = f"{before}\n\n## Move it\n\nMore pictures with sliders: [lesson 24](24_explore.ipynb)."
+                out += [mk_cell(lead, "markdown"), mk_cell(figure(name, cache), "markdown")]
         out.append(cell)
     return out

@@ -39,3 +39,8 @@ const reach = () => {
 };
 addEventListener('load', () => Promise.resolve(window.MathJax?.startup?.promise).then(reach));
 addEventListener('resize', reach);
+
+// Two things of the theme and of Sphinx that a screen reader cannot name.
+for (const s of document.querySelectorAll('summary'))
+  if (!s.textContent.trim()) s.setAttribute('aria-label', 'Pages below ' + s.closest('li').querySelector('a').textContent.trim());
+for (const e of document.querySelectorAll('dt.sig dl, dt.sig dd')) e.setAttribute('role', 'none');
