@@ -9,6 +9,7 @@ import json
 import re
 import textwrap
 from pathlib import Path
+from zlib import crc32
 
 from fastcore.docments import docments
 
@@ -55,7 +56,8 @@ def page(module):
              "Derived in " + "; ".join(map(lesson_link, dict.fromkeys(names.values()))) + ".", ""]
     for name, o in objects.items():
         lines += [f".. auto{kind(o)}:: latent_grpo.{module}.{name}"]
-        lines += ["   :members:"] * inspect.isclass(o) + ["   :no-value:"] * (kind(o) == "data") + [""]
+        long = kind(o) == "data" and len(repr(o)) > 80
+        lines += ["   :members:"] * inspect.isclass(o) + ["   :no-value:"] * long + [""]
     return "\n".join(lines)
 
 
@@ -72,17 +74,24 @@ def index():
 def rst(text):
     """Plain text that reStructuredText prints as it stands; names in backquotes stay code."""
     parts = re.split(r"(`[^`]+`)", " ".join(text.split()))
-    return "".join(f"`{p}`" if p[0] == "`" else re.sub(r"([*_|\\])", r"\\\1", p) for p in parts if p)
+    return "".join(f"`{p}`" if p[0] == "`" else re.sub(r"([*_|@\\])", r"\\\1", p) for p in parts if p)
+
+
+def tree(obj): return ast.walk(ast.parse(textwrap.dedent(inspect.getsource(obj))))
 
 
 def errors(obj):
     """(exception, message) of each `raise` in the source of an object."""
-    for node in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(obj)))):
+    for node in tree(obj):
         call = node.exc if isinstance(node, ast.Raise) else None
         if not isinstance(call, ast.Call) or not call.args: continue
+        kind = ast.unparse(call.func)
+        if kind[0] == "_":      # a helper makes the exception
+            call = next(n.value for n in tree(obj.__globals__[kind]) if isinstance(n, ast.Return))
+            kind = ast.unparse(call.func)
         text = ast.unparse(call.args[0])
         quoted = isinstance(call.args[0], (ast.JoinedStr, ast.Constant))
-        yield ast.unparse(call.func), ast.literal_eval(re.sub("^f", "", text)) if quoted else text
+        yield kind, ast.literal_eval(re.sub("^f", "", text)) if quoted else text
 
 
 def enrich(app, what, name, obj, options, lines):
@@ -97,7 +106,8 @@ def enrich(app, what, name, obj, options, lines):
         lines[:] = [rst(line) for line in lines] + [""]
         if what == "class" and issubclass(obj, tuple): said = {}
         else: said = docments(obj, full=True)
-        lines += [f":param {k}: {rst(v.docment)}" for k, v in said.items() if k != "return" and v.docment]
+        lines += [f":param {k}: {rst(v.docment)}" for k, v in said.items() if k != "return" and v.docment
+                  and not v.docment.startswith("---")]      # a heading among the settings
         if "return" in said and said["return"].docment: lines += [f":returns: {rst(said['return'].docment)}"]
         lines += [f":raises {kind}: ``{text}``" for kind, text in dict.fromkeys(errors(obj))]
     if len(rest) == 1:
@@ -108,4 +118,4 @@ def enrich(app, what, name, obj, options, lines):
 def setup(app):
     """Called by Sphinx."""
     app.connect("autodoc-process-docstring", enrich)
-    return {"parallel_read_safe": True}
+    return {"parallel_read_safe": True, "env_version": crc32(Path(__file__).read_bytes())}    # new when this file is

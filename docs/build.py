@@ -8,9 +8,11 @@ import os
 import re
 import subprocess
 import sys
+from base64 import b64decode
 from concurrent.futures import ProcessPoolExecutor
 from configparser import ConfigParser
 from importlib.util import find_spec
+from io import BytesIO
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from execnb.nbio import mk_cell, nb2str, read_nb
 from execute import execute
 from nbdev.process import NBProcessor
 from nbdev.processors import clean_magics, hide_, hide_line, rm_header_dash, strip_ansi
+from PIL import Image
 
 from latent_grpo.plots import PARTS
 
@@ -93,6 +96,11 @@ def linked(text):
                    for i, p in enumerate(parts))
 
 
+def unsplit(text):
+    """Formulas with \\cr for \\\\: Sphinx puts a `split` around the latter, in which \\tag is an error."""
+    return re.sub(r"\$\$.*?\$\$", lambda found: found[0].replace("\\\\", "\\cr "), text, flags=re.S)
+
+
 def minutes(nb):
     """Minutes to read (200 words or 30 lines of code a minute) and of the exercises."""
     text = lambda kind: "\n".join(c.source for c in nb.cells if c.cell_type == kind)
@@ -110,7 +118,7 @@ def head(stem, source, read, exercises):
     box = (f":::{{container}} page-head\n**What you need to know before:** {found[1]}.\n\n"
            f"**Time:** {time}; the notebook runs in {found[2]} seconds on a CPU. {rest}{'.' * bool(rest)}\n\n"
            f'<p class="buttons"><a href="{COLAB}/blob/main/nbs/{stem}.ipynb">Open in Colab</a> '
-           f'<a href="../_static/notebooks/{stem}.ipynb" download>Download notebook</a></p>\n:::')
+           f'<a href="../_static/notebooks/{stem}.ipynb" download>Download notebook</a></p>\n:::\n\n')
     return re.sub(r"^> ", "{.answer}\n> ", source.replace(found[0], box), count=1, flags=re.M)
 
 
@@ -126,14 +134,16 @@ def arrange(cells):
     """Cells of the page: anchors before definitions, texts for pictures, names linked."""
     out = []
     for i, cell in enumerate(cells):
-        if cell.cell_type == "markdown": cell.source = linked(cell.source.replace("](../docs/", "](../"))
+        if cell.cell_type == "markdown": cell.source = linked(unsplit(cell.source.replace("](../docs/", "](../")))
         else:
             echo = not re.search(r"^#\| echo: false", cell.source, re.M)
             cell.source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.M)
             if not echo and cell.source.startswith("roadmap("): continue      # the site has its own
             if not echo: cell.metadata["tags"] = ["remove-input"]
-            if any("image/png" in o.get("data", {}) for o in cell.get("outputs", [])):
-                cell.metadata["mystnb"] = {"image": {"alt": alt_text(cells, i)}}
+            pngs = [o["data"]["image/png"] for o in cell.get("outputs", []) if "image/png" in o.get("data", {})]
+            if pngs:
+                wide, high = Image.open(BytesIO(b64decode(pngs[0]))).size
+                cell.metadata["mystnb"] = {"image": {"alt": alt_text(cells, i), "classes": "wide" if wide > 2 * high else ""}}
             names = re.findall(r"^(?:def |class )?([\w, ]+?)(?:\(| = |:)", cell.source, re.M)
             anchors = [f'<div id="def-{n}"></div>' for n in ", ".join(names).split(", ") if n in PUBLIC]
             if "export" in cell.directives_ and anchors: out.append(mk_cell("".join(anchors), "markdown"))
@@ -188,7 +198,7 @@ def contents():
             read, exercises = minutes(read_nb(ROOT / f"{name}.ipynb"))
             answer = re.search(r"^> (.*)$", first, re.M)[1]
             lines.append(f"- [**{name[4:6]}** {api.title(ROOT / f'{name}.ipynb')}]({name}.ipynb)\\\n  {answer} "
-                         f"*({read} + {exercises} minutes)*")
+                         f"*({read}{f' + {exercises}' * bool(exercises)} minutes)*")
         lines.append("")
     return "\n".join(lines)
 
@@ -213,12 +223,20 @@ def records():
     return "\n".join(lines)
 
 
+def mixture():
+    """The piece that moves on the front page, with the numbers that it looks up."""
+    data = json.loads((DOCS / "results/mixture.json").read_text("utf-8"))
+    kept = {k: data[k] for k in ("words", "steps", "probabilities", "grid", "noise", "next_percent")}
+    html = (DOCS / "mixture.html").read_text("utf-8").replace("@data@", json.dumps(kept, separators=(",", ":")))
+    return f"```{{raw}} html\n{html}```"
+
+
 def written():
-    """Configuration, static files and hand-written pages; four marks are filled in."""
-    fill = {"map": series_map, "contents": contents, "records": records, "toctrees": toctrees}
+    """Configuration, static files and hand-written pages; five marks are filled in."""
+    fill = {"map": series_map, "contents": contents, "records": records, "toctrees": toctrees, "mixture": mixture}
     for path in sorted(DOCS.rglob("*")):
         name = path.relative_to(DOCS)
-        if path.is_dir() or name.parts[0] in ("results", "__pycache__") or path.suffix == ".py" and name.name != "conf.py": continue
+        if path.is_dir() or name.parts[0] in ("results", "__pycache__") or path.suffix in (".py", ".html") and name.name != "conf.py": continue
         if path.suffix != ".md": put(name, path.read_bytes()); continue
         text = re.sub(r"\]\(\.\./(nbs/|docs/)", lambda m: "](" + m[1].removeprefix("docs/"), path.read_text("utf-8"))
         for mark, make in fill.items():

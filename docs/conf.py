@@ -19,6 +19,7 @@ default_role = "py:obj"
 
 # notebooks: build.py has run them, so the outputs are taken as they are
 nb_execution_mode = "off"
+nb_render_markdown_format = "myst"             # an output of Markdown may hold a table
 myst_enable_extensions = ["dollarmath", "colon_fence", "attrs_block"]
 myst_heading_anchors = 3
 myst_dmath_double_inline = True

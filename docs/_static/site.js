@@ -32,10 +32,34 @@ for (const tick of document.querySelectorAll('input[data-lesson]')) {
 }
 mark();
 
+// A formula that is too wide is broken where it has a wide space, then made smaller.
+const wide = box => box.scrollWidth > box.clientWidth;
+const draw = (item, tex) => { item.math = tex; item.rerender(MathJax.startup.document, 20); };    // from its TeX
+const fit = () => {
+  for (const item of window.MathJax?.startup?.document?.math || []) {
+    const box = item.typesetRoot.closest('div.math');
+    if (!box) continue;
+    box.style.fontSize = '';
+    if (item.whole) draw(item, item.whole);
+    item.whole = '';
+    const [, body, tag = ''] = /^(.*?)(\\tag\{.*\})?\s*$/s.exec(item.math);
+    if (wide(box) && body.includes('\\qquad')) {
+      item.whole = item.math;
+      draw(item, `\\begin{gathered}${body.replaceAll('\\qquad', '\\\\')}\\end{gathered}${tag}`);
+    }
+    const fits = Math.floor(98 * box.clientWidth / box.scrollWidth);
+    if (wide(box)) box.style.fontSize = `${fits < 70 ? 85 : fits}%`;                              // it scrolls, or it fits
+  }
+};
+
 // What scrolls sideways can be reached and scrolled from the keyboard, once the formulas are drawn.
+let seen;
 const reach = () => {
-  for (const box of document.querySelectorAll('pre, div.math, .pst-scrollable-table-container, dt.sig'))
-    if (box.scrollWidth > box.clientWidth) box.tabIndex = 0;
+  if (innerWidth === seen || innerWidth < 200) return;               // only a new width matters; a screenshot makes it 1
+  seen = innerWidth;
+  fit();
+  for (const box of document.querySelectorAll('pre, div.math, .pst-scrollable-table-container, dt.sig, .cell_output'))
+    if (wide(box)) box.tabIndex = 0;
 };
 addEventListener('load', () => Promise.resolve(window.MathJax?.startup?.promise).then(reach));
 addEventListener('resize', reach);
