@@ -15,6 +15,9 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
+import torch
+
+from latent_grpo.sampling import Sampling, gradient_factor, mixture_weights, perturb
 
 ROOT = Path(__file__).parent.parent
 SITE, SCREENS = ROOT / "_docs", ROOT / "_screens"
@@ -94,14 +97,14 @@ def test_page(tab, home, view, name):
     drawn(tab)
     undrawn = tab.evaluate("[...document.querySelectorAll('.math')].filter(m => !m.querySelector('mjx-container')).length")
     assert not undrawn and not tab.query_selector("mjx-merror")
-    SCREENS.mkdir(exist_ok=True)
-    tab.screenshot(path=SCREENS / f"{name.removesuffix('.html').replace('/', '-')}-{view}.png")
     wide = """() => document.documentElement.scrollWidth <= innerWidth ? [] : [...document.querySelectorAll('article *')]
         .filter(e => e.getBoundingClientRect().right > innerWidth).map(e => e.outerHTML.slice(0, 80)).slice(0, 3)"""
     assert tab.evaluate(wide) == [] and tab.evaluate("document.documentElement.scrollWidth <= innerWidth")
     bad = "[...document.querySelectorAll('article img')].filter(i => !i.alt || (i.complete && !i.naturalWidth)).map(i => i.src)"
     assert tab.evaluate(bad) == []
     assert faults(tab, code=name in WITH_CODE) == []
+    SCREENS.mkdir(exist_ok=True)
+    tab.screenshot(path=SCREENS / f"{name.removesuffix('.html').replace('/', '-')}-{view}.png", full_page=True)
     assert tab.wrong == []
 
 
@@ -183,6 +186,44 @@ def test_sliders_follow_the_keyboard(tab, home, lesson):
     assert tab.locator(".slider").count() == 5 and tab.wrong == []
 
 
+def corners(grid): return [(i, j) for i in range(grid + 1) for j in range(grid + 1 - i)]
+
+
+def told(weights, margins, p):
+    """The rows of the table on the front page, by the library."""
+    for k, (w, d, x) in enumerate(zip(weights.tolist(), margins.tolist(), p.tolist())):
+        factor = gradient_factor(margins[k]).item()
+        way = "stays" if abs(factor) < 0.005 else "↑ rises" if factor > 0 else "↓ falls"
+        yield [x, d, w, factor, way]
+
+
+def test_the_latent_that_moves_is_the_library_s(tab, home):
+    """Sliders, box and buttons by keyboard; weights, margins and factors against the package."""
+    record = json.loads((ROOT / "docs/results/mixture.json").read_text("utf-8"))
+    tab.goto(home + "index.html")
+    knob, press, draw = tab.locator(".mixture").locator, tab.keyboard.press, 0
+    for target, keys in [("[name=p] >> nth=0", ["ArrowLeft"] * 3), ("[name=sigma]", ["End"]), ("[name=shift]", ["Space"]),
+                         ("[name=draw]", ["Enter", "Enter"]), ("[name=p] >> nth=2", ["Home"]), ("[name=shift]", ["Space"]),
+                         ("[name=sigma]", ["Home"]), ("[name=reset]", ["Enter"])]:
+        knob(target).focus()
+        for key in keys: press(key)
+        draw += len(keys) * ("draw" in target)
+        p = torch.tensor([float(knob(f"[name=p] >> nth={k}").input_value()) for k in range(3)])
+        p, scale, shift = p / p.sum(), float(knob("[name=sigma]").input_value()), 1.5 * knob("[name=shift]").is_checked()
+        sampling = Sampling(top_k=3, top_p=1., noise_scale=scale, shift=shift)
+        ids, scores = perturb(torch.arange(3)[None], p.log()[None], torch.tensor(record["noise"][draw:draw + 1]), sampling)
+        back = ids[0].argsort()
+        weights, margins = mixture_weights(scores, sampling)[0, back], scores[0, back] - p.log()
+        for k, (*numbers, way) in enumerate(told(weights, margins, p)):
+            shown = knob(f".draw tbody tr >> nth={k} >> td").all_inner_texts()
+            assert [float(x.replace("−", "-")) for x in shown[:4]] == pytest.approx(numbers, abs=0.0051)
+            assert shown[4] == way
+        i, j = (weights[:2] * record["grid"]).round().int().tolist()
+        percent = record["next_percent"][corners(record["grid"]).index((i, j))]
+        assert [t.rstrip(" %") for t in knob(".bars td:nth-child(2)").all_inner_texts()] == list(map(str, percent))
+    assert knob("[role=status]").inner_text().startswith("The model ") and tab.wrong == []
+
+
 @desktop
 def test_progress_and_theme_are_kept(tab, home):
     tab.goto(home + "nbs/04_latent.html")
@@ -193,7 +234,7 @@ def test_progress_and_theme_are_kept(tab, home):
     tab.goto(home + "lessons.html")
     assert tab.locator(".map a.done").get_attribute("data-lesson") == "04_latent"
     assert tab.evaluate("document.documentElement.dataset.mode") == mode == "dark"
-    assert tab.inner_text(".map-count").startswith("1 of 25")
+    assert re.match(r"1 of \d+ lessons", tab.inner_text(".map-count"))
 
 
 @desktop
