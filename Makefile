@@ -49,9 +49,9 @@ docs: $(STAMP)  ## build the site into _docs from freshly run notebooks
 	$(BIN)/pip install -q -c constraints.txt -e ".[docs]"
 	$(BIN)/python docs/build.py
 
-site-test: $(STAMP)  ## look at the built site in Chromium
-	SITE_TEST=1 $(BIN)/python -m pytest -q -m site tests/test_site.py
+site-test: $(STAMP)  ## look at the built site in Chromium; screenshots of every page in _screens
+	SITE_TEST=1 $(BIN)/python -m pytest -q -n 2 -m site tests/test_site.py
 
 clean:  ## remove everything that can be made again, .venv excepted
-	rm -rf build dist *.egg-info _proc _executed _docs .pytest_cache .hypothesis
+	rm -rf build dist *.egg-info _proc _executed _docs _screens .pytest_cache .hypothesis
 	find nbs latent_grpo tests docs -name __pycache__ -o -name .ipynb_checkpoints | xargs rm -rf

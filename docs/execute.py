@@ -28,6 +28,7 @@ def execute(path):
     """Run the notebook at `path` from its own folder and write it back."""
     nb = nbformat.read(path, as_version=4)
     Client(nb, timeout=600, record_timing=False, coalesce_streams=True,
+           extra_arguments=["--log-level=ERROR"],      # no word about the connection on this machine
            resources={"metadata": {"path": str(path.parent)}}).execute()
     nb.metadata.pop("widgets", None)
     for cell in nb.cells:  # a widget without its kernel is a dead picture with a random name

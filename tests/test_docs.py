@@ -1,12 +1,14 @@
 """docs/: what runs log is explained, numbers and code names are the real ones, links resolve."""
 import ast
+import importlib
 import json
 import re
 from pathlib import Path
 
 import pytest
+import torch
 
-from helpers import config, started, word_task
+from helpers import config, started, tiny, word_task
 from latent_grpo.compare import COLUMNS, table_rows
 from latent_grpo.evaluate import evaluate
 from latent_grpo.presets import sampling_of
@@ -124,6 +126,53 @@ def test_code_names_exist_in_the_lesson_that_is_named(group):
         assert links and names(code), symbol
         missing = names(code) - set().union(*(BOUND.get(page, set()) for page in links))
         assert not missing, f"{missing} not in {links}"
+
+
+# --- the site's own code ---
+
+@pytest.fixture
+def site(monkeypatch):
+    """The modules of docs/, which are scripts and no package."""
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    return importlib.import_module
+
+
+def test_a_later_page_needs_no_edit_of_the_sites_code(site, monkeypatch, tmp_path):
+    """A page in docs/, a guide in docs/guides/ and a notebook outside the series find their places."""
+    build = site("build")
+    (tmp_path / "guides").mkdir()
+    for name in ("verdicts", "protocol", "guides/one-gpu", "faq", "index"): (tmp_path / f"{name}.md").write_text("# A page")
+    monkeypatch.setattr(build, "DOCS", tmp_path)
+    monkeypatch.setattr(build, "GUIDES", ["01_tasks"])
+    start, *_, guides, look_up = build.toctrees().split("```\n")[:-1]
+    assert start.splitlines()[4:] == ["lessons", "results", "protocol", "verdicts"]
+    assert ":caption: Guides" in guides and "<nbs/01_tasks>" in guides and guides.endswith("guides/one-gpu\n")
+    assert "verdicts" not in look_up and "[](/guides/one-gpu.md)" in build.contents()
+
+
+def test_every_lesson_has_a_head_with_minutes_and_links(site):
+    build = site("build")
+    for path in build.PAGES:
+        nb = build.read_nb(path)
+        first = next(c for c in nb.cells if c.cell_type == "markdown").source
+        made = build.head(path.stem, first, *build.minutes(nb))
+        assert "What you need to know before:" in made and f"/blob/main/nbs/{path.name}" in made
+
+
+def test_the_mixture_of_the_front_page_is_what_the_model_reads(site):
+    """A corner is a plain word, and a mixture is read whole; rows of the file are in the order of points."""
+    mixture, model = site("mixture"), tiny()
+    corner = mixture.after(model, [1, 5, 6], [3, 4, 7], torch.eye(3))
+    torch.testing.assert_close(corner[1:2], mixture.after(model, [1, 5, 6, 4]))
+    half = mixture.after(model, [1, 5, 6], [3, 4, 7], torch.tensor([[.5, .5, 0.]]))
+    assert (half - corner[:2]).abs().amax(1).min() > 1e-3
+    record = json.loads((ROOT / "docs/results/mixture.json").read_text("utf-8"))
+    points = mixture.points(record["grid"])
+    assert len(points) == len(record["next_percent"]) and torch.allclose(points.sum(1), torch.ones(len(points)))
+    assert {len(row) for row in record["next_percent"]} == {6} and (record["problem"], record["words"]) == (
+        mixture.PROBLEM, mixture.WORDS)
+    first = {step: sum(record["next_percent"][points[:, k].argmax()][3 * k:3 * k + 3]) for k, step in enumerate("ab")}
+    assert min(first.values()) > 95         # after the word alone the model goes on with its step
 
 
 # --- links ---
