@@ -95,7 +95,7 @@ def test_page(tab, home, view, name):
     undrawn = tab.evaluate("[...document.querySelectorAll('.math')].filter(m => !m.querySelector('mjx-container')).length")
     assert not undrawn and not tab.query_selector("mjx-merror")
     SCREENS.mkdir(exist_ok=True)
-    tab.screenshot(path=SCREENS / f"{name.removesuffix('.html').replace('/', '-')}-{view}.png")
+    tab.screenshot(path=SCREENS / f"{name.removesuffix('.html').replace('/', '-')}-{view}.png", full_page=True)
     wide = """() => document.documentElement.scrollWidth <= innerWidth ? [] : [...document.querySelectorAll('article *')]
         .filter(e => e.getBoundingClientRect().right > innerWidth).map(e => e.outerHTML.slice(0, 80)).slice(0, 3)"""
     assert tab.evaluate(wide) == [] and tab.evaluate("document.documentElement.scrollWidth <= innerWidth")
