@@ -96,11 +96,6 @@ def linked(text):
                    for i, p in enumerate(parts))
 
 
-def unsplit(text):
-    """Formulas with \\cr for \\\\: Sphinx puts a `split` around the latter, in which \\tag is an error."""
-    return re.sub(r"\$\$.*?\$\$", lambda found: found[0].replace("\\\\", "\\cr "), text, flags=re.S)
-
-
 def minutes(nb):
     """Minutes to read (200 words or 30 lines of code a minute) and of the exercises."""
     text = lambda kind: "\n".join(c.source for c in nb.cells if c.cell_type == kind)
@@ -130,11 +125,16 @@ def alt_text(cells, i):
     return " ".join(re.sub(r"[`$*\\]|\]\(.*?\)|\[", "", plain).split())
 
 
+def tagged(text):
+    """A formula with a number and `\\\\` would be wrapped in `split`, which allows no number: write `\\cr`."""
+    return re.sub(r"\$\$.*?\$\$", lambda m: m[0].replace("\\\\", r"\cr ") if r"\tag" in m[0] else m[0], text, flags=re.S)
+
+
 def arrange(cells):
     """Cells of the page: anchors before definitions, texts for pictures, names linked."""
     out = []
     for i, cell in enumerate(cells):
-        if cell.cell_type == "markdown": cell.source = linked(unsplit(cell.source.replace("](../docs/", "](../")))
+        if cell.cell_type == "markdown": cell.source = linked(tagged(cell.source.replace("](../docs/", "](../")))
         else:
             echo = not re.search(r"^#\| echo: false", cell.source, re.M)
             cell.source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.M)
