@@ -67,7 +67,8 @@ def tab(browser, view, home):
     page.on("console", lambda m: page.wrong.append(m.text) if m.type in ("error", "warning") else None)
     page.on("pageerror", lambda e: page.wrong.append(str(e)))
     page.on("request", lambda r: page.wrong.append(r.url) if not r.url.startswith((home, "file:", "data:")) else None)
-    page.on("requestfailed", lambda r: page.wrong.append(f"failed: {r.url}"))
+    left = "net::ERR_ABORTED"        # the reader went on before it came
+    page.on("requestfailed", lambda r: page.wrong.append(f"failed: {r.url}") if r.failure != left else None)
     page.on("response", lambda r: page.wrong.append(f"{r.status} {r.url}") if r.status >= 400 else None)
     yield page
     context.close()
