@@ -24,12 +24,13 @@ from nbdev.process import NBProcessor
 from nbdev.processors import clean_magics, hide_, hide_line, rm_header_dash, strip_ansi
 from PIL import Image
 
-from latent_grpo.plots import PARTS
+from latent_grpo import plots
 
 ROOT = Path(__file__).parent.parent
 PROC, RUN, NBS, DOCS = (ROOT / name for name in ("_proc", "_executed", "nbs", "docs"))
 PAGES = sorted(NBS.glob("[0-9]*.ipynb"))
-NUMBERED = {name: f"{i:02d}_{name}" for i, name in enumerate(sum(PARTS.values(), []), 1)}
+NUMBERED = {p.stem[3:]: p.stem for p in PAGES if p.stem[3:] in sum(plots.PARTS.values(), [])}
+PARTS = {part: [name for name in names if name in NUMBERED] for part, names in plots.PARTS.items()}
 GUIDES = [p.stem for p in PAGES if p.stem not in NUMBERED.values()]
 SETTINGS = ConfigParser()
 SETTINGS.read(ROOT / "settings.ini", encoding="utf-8")

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,9 @@ ALLOWED = {
     "cli": {"compare", "presets", "runs", "train"},
 }
 
+# Edges to a later notebook: the import stands inside a function. (importer, imported): why
+LATE = {}
+
 PROBE = """
 import importlib, json, random, sys
 import numpy, torch
@@ -68,10 +72,10 @@ def test_importing_has_no_effect():
     assert report == {name: clean for name in names}
 
 
-def imports(path):
-    """The names of our own modules that the module at `path` imports anywhere."""
+def imports(path, nodes=ast.walk):
+    """The names of our own modules that the module at `path` imports: anywhere, or in some nodes."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+    for node in nodes(ast.parse(path.read_text("utf-8"))):
         if isinstance(node, ast.ImportFrom):
             base = node.module or ""
             if not node.level and base.partition(".")[0] != "latent_grpo": continue
@@ -96,12 +100,14 @@ def test_import_graph_is_the_allowed_one():
 
 
 def test_modules_import_only_earlier_notebooks():
-    """Numbers that grow along every edge also leave no room for a cycle."""
+    """Numbers that grow along every edge leave no room for a cycle; exceptions are lazy and make none."""
     numbers = {name: number(path) for name, path in MODULES.items()}
     assert len(set(numbers.values())) == len(numbers)
-    late = [(name, other) for name, path in MODULES.items() for other in imports(path)
-            if numbers[other] >= numbers[name]]
-    assert not late
+    late = {(name, other) for name, path in MODULES.items() for other in imports(path)
+            if numbers[other] >= numbers[name]}
+    assert late == LATE.keys()
+    for name, other in late: assert other not in imports(MODULES[name], ast.iter_child_nodes)
+    list(TopologicalSorter(ALLOWED).static_order())     # raises CycleError
 
 
 def test_no_star_imports():
