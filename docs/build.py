@@ -215,12 +215,12 @@ def toctrees():
 
 def records():
     """The files in docs/results: what each holds, and how it was made."""
-    lines = ["| file | commit | date | seeds | made by |", "|---|---|---|---|---|"]
+    lines = []
     for path in sorted((DOCS / "results").glob("*.json")):
         put(f"_static/results/{path.name}", path.read_bytes())
         r = json.loads(path.read_text("utf-8"))
-        lines.append(f'| <a href="_static/results/{path.name}" download>{path.name}</a> | {r["commit"]} | {r["date"]} | '
-                     f'{len(r["seeds"])} | `{r["command"].replace("|", " ")}` |')
+        lines.append(f'- <a href="_static/results/{path.name}" download>{path.name}</a>, {len(r["seeds"])} seed{"s" * (len(r["seeds"]) > 1)}, '
+                     f'commit {r["commit"]}, {r["date"]}:<br>`{r["command"]}`')
     return "\n".join(lines)
 
 
