@@ -13,13 +13,15 @@ import argparse, json, sys
 from . import __version__
 from .presets import METHODS, PRESETS, Config, parse_value
 
-# %% ../nbs/25_cli.ipynb #a586f776
+# %% ../nbs/25_cli.ipynb #d8085e15
 EXAMPLES = '''examples:
   latent-grpo demo
   latent-grpo train --preset toy --method exact --seed 3 --out runs/exact
   latent-grpo train --preset toy --method paper --set selection=off --set lr=3e-5
   latent-grpo train --preset gsm8k-tiny --data gsm8k_train.jsonl --out runs/gsm8k
   latent-grpo eval --policy runs/gsm8k/policy --data multiarith.jsonl
+  latent-grpo eval --policy runs/low/policy --protocol paper-low --out runs/low/eval
+  latent-grpo eval --policy runs/exact/policy --protocol greedy --controls removed,swapped
   latent-grpo compare --preset toy --seeds 0-4 --out runs/toy
   latent-grpo presets toy'''
 
@@ -71,15 +73,23 @@ def _train_options(add):
     p.add_argument('--resume', action='store_true',
                    help='go on from the newest checkpoint in --out')
 
-# %% ../nbs/25_cli.ipynb #53a7c5d6
+# %% ../nbs/25_cli.ipynb #6947c690
 def _eval_options(add):
     "Scores of a saved policy"
-    p = add('eval', 'Pass@1 of a saved policy on problem files, with intervals', '')
-    p.add_argument('--policy', required=True,
-                   help='folder written by train, e.g. runs/latest/policy')
+    p = add('eval', 'Pass@1 of a policy on problem files, or a benchmark beside the paper', '')
+    p.add_argument('--policy', required=True, help='folder written by train, e.g. '
+                   'runs/latest/policy; with --protocol also a transformers folder or hub id')
     p.add_argument('--data', action='append', default=[],
-                   help='problem file or hub dataset; may be repeated')
+                   help='problem file or data set, with --protocol as BENCHMARK=FILE; repeatable')
     p.add_argument('--seed', type=int, default=0, help='of the sampling noise')
+    b = p.add_argument_group('benchmarks')
+    b.add_argument('--protocol', help='greedy, paper-low, paper-high or paper-pass64')
+    b.add_argument('--noise', help='Gumbel noise scales of the latents, e.g. 0,0.5,1')
+    b.add_argument('--samples', type=int, help='answers to each problem')
+    b.add_argument('--controls', default='', help='removed,shuffled,swapped,argmax: see lesson 29')
+    b.add_argument('--method', default='', help='the paper\'s column, e.g. "explicit GRPO"')
+    b.add_argument('--limit', type=int, default=0, help='only the first problems of each set')
+    b.add_argument('--batch', type=int, default=0, help='rollouts at a time; default: what fits')
 
 def _compare_options(add):
     "Several methods and seeds"
@@ -141,7 +151,7 @@ def show_scores(scores: dict):
             if s['samples'] > 1: print(' ' * 31 + '  '.join(
                 f'pass@{k} {100*v:.1f} %' for k, v in s['pass_at'].items()))
 
-# %% ../nbs/25_cli.ipynb #5c857127
+# %% ../nbs/25_cli.ipynb #c2726292
 def _files(args):
     "Settings that name training and test files"
     return {k: v for k, v in dict(train=args.data, tests=','.join(args.test)).items() if v}
@@ -155,7 +165,22 @@ def _train(args):
     show_scores(scores)
     print(f"policy, log and scores are in {args.out}")
 
+def _benchmark(args):
+    from latent_grpo.benchmarks import benchmark, make_protocol
+    named = {}
+    if args.samples: named['samples'] = args.samples
+    if args.noise:
+        try: named['noise_scales'] = tuple(float(x) for x in args.noise.split(','))
+        except ValueError: raise ValueError(f'--noise {args.noise}: write 0,0.5,1') from None
+    sources = [d.split('=', 1) if '=' in d else (Path(d.partition('@')[0]).name.split('.')[0], d)
+               for d in args.data]
+    controls = tuple(c for c in args.controls.split(',') if c)
+    print(benchmark(args.policy, make_protocol(args.protocol, **named), sources, controls,
+                    Path(args.out) if args.out else None, args.limit, args.batch, args.method,
+                    args.seed, not args.quiet, **_settings(args.set)))
+
 def _eval(args):
+    if args.protocol: return _benchmark(args)
     from latent_grpo.runs import provenance
     from latent_grpo.train import load_policy, score_policy
     model, task, cfg = load_policy(Path(args.policy), files=args.data, **_settings(args.set))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Interval', 'bootstrap_interval', 'wilson_interval', 't_quantile', 'seed_interval', 'hierarchical_bootstrap',
-           'pass_at_k', 'support_per_step', 'policy_kl', 'rollout_metrics', 'evaluate']
+           'benchmark_mean', 'pass_at_k', 'support_per_step', 'policy_kl', 'rollout_metrics', 'rollouts', 'evaluate']
 
 # %% ../nbs/17_evaluate.ipynb #8f7db58d
 import numpy as np
@@ -96,6 +96,15 @@ def hierarchical_bootstrap(values,     # [seeds, problems], all seeds on the sam
              for _ in range(draws)]
     return _percentile(values.mean(), means, level)
 
+# %% ../nbs/17_evaluate.ipynb #4901eb13
+def benchmark_mean(intervals, # one `Interval` per benchmark, of independent problems
+                  ) -> Interval:
+    "Mean of the benchmarks' means, all weighted alike, from their intervals (Zou and Donner 2008)."
+    mean, low, high = _checked(intervals, 2).T
+    root = lambda x: np.sqrt((x ** 2).sum()) / len(mean)
+    centre = mean.mean()
+    return Interval(*map(float, (centre, centre - root(mean - low), centre + root(high - mean))))
+
 # %% ../nbs/17_evaluate.ipynb #82c95173
 def pass_at_k(n, # samples of each problem: int or [problems]
               c, # right ones among them: int or [problems]
@@ -131,27 +140,51 @@ def policy_kl(
         total += (p.exp() * (p - q)).sum().item()
     return total / len(states[0])
 
-# %% ../nbs/17_evaluate.ipynb #7b4d4f3f
+# %% ../nbs/17_evaluate.ipynb #157c950b
 def rollout_metrics(
     r: Rollout,
     task,                # a `Task`
     rows: list,          # B rows, in the order of the prompts
     sampling: Sampling,
-) -> dict:               # lists per rollout: correct, ended, unparsed; means: lengths and support
+) -> dict:               # lists with an entry per rollout; `support`: per latent step
     "Grade rollouts and describe them"
-    G, correct, unparsed = r.group_size, [], []
+    G, correct, answers = r.group_size, [], []
     for i, ended in enumerate(r.ended.tolist()):
         tokens = r.tokens(i)
         text = task.answer_text(tokens) if ended else None
         correct.append(task.reward(rows[i // G], tokens, ended))
-        unparsed.append(ended and (text is None or task.extract(text) is None))
-    support = support_per_step(r, sampling)
-    return dict(correct=correct, ended=r.ended.tolist(), unparsed=unparsed,
-                latent_length=r.latent_lengths.float().mean().item(),
-                text_length=r.text_lengths.float().mean().item(),
-                support=support.mean().item() if len(support) else 1.0)
+        answers.append(None if text is None else task.extract(text))
+    return dict(correct=correct, answers=answers, ended=r.ended.tolist(),
+                unparsed=[e and a is None for e, a in zip(r.ended.tolist(), answers)],
+                latent_length=r.latent_lengths.tolist(), text_length=r.text_lengths.tolist(),
+                support=support_per_step(r, sampling).tolist())
 
-# %% ../nbs/17_evaluate.ipynb #56df8fa6
+# %% ../nbs/17_evaluate.ipynb #cd3d6882
+def rollouts(
+    model, task,
+    rows: list,
+    sampling: Sampling,
+    thinking: bool = True,     # False: explicit chains
+    samples: int = 1,          # per problem
+    max_steps: int = 64,
+    batch: int = 256,          # rollouts at a time
+    seed: int = 1_000_003,     # of the evaluation noise
+    start: int = 0,            # first row
+    control=None,              # (draw, places in `rows`) -> `edit` of `generate`
+):                             # yields (rows of the batch, their `Rollout`)
+    "Responses to all problems, a batch at a time"
+    def draw(places, edit=None):
+        places = torch.tensor(places) % len(rows)
+        numbers = places[:, None] * samples + torch.arange(samples)
+        prompts = [task.prompt(rows[i]) for i in places]
+        return generate(model, prompts, sampling, task.end_latent_ids, task.eos_id, samples,
+                        max_steps, thinking, seed, numbers.flatten(), edit)
+    size = max(1, batch // samples)
+    for i in range(start, len(rows), size):
+        places = list(range(i, min(i + size, len(rows))))
+        yield rows[i:i + size], draw(places, control and control(draw, places))
+
+# %% ../nbs/17_evaluate.ipynb #083a8267
 @torch.no_grad()
 def evaluate(
     model, task,
@@ -168,24 +201,21 @@ def evaluate(
     if not rows: raise ValueError('evaluate: no rows')
     for row in rows: task.check(row)
     parts, kls = [], []
-    size = max(1, batch // samples)
-    for start in range(0, len(rows), size):
-        some = rows[start:start + size]
-        numbers = torch.arange(start * samples, (start + len(some)) * samples)
-        r = generate(model, [task.prompt(x) for x in some], sampling, task.end_latent_ids,
-                     task.eos_id, samples, max_steps, thinking, seed, numbers)
-        parts.append((len(some), rollout_metrics(r, task, some, sampling)))
-        if reference is not None: kls.append(len(some) * policy_kl(model, reference, r, sampling))
-    mean = lambda name: sum(n * m[name] for n, m in parts) / len(rows)
-    flat = lambda name: [x for _, m in parts for x in m[name]]
-    correct = np.array(flat('correct')).reshape(len(rows), samples)
+    for some, r in rollouts(model, task, rows, sampling, thinking, samples, max_steps, batch, seed):
+        parts.append(rollout_metrics(r, task, some, sampling))
+        if reference is not None:
+            steps = r.action_mask.sum().item()
+            kls.append((steps, steps * policy_kl(model, reference, r, sampling)))
+    flat = {name: [x for p in parts for x in p[name]] for name in parts[0]}
+    mean = lambda name: float(np.mean(flat[name]))
+    correct = np.array(flat['correct']).reshape(len(rows), samples)
     if samples == 1: interval = wilson_interval(int(correct.sum()), len(rows))
     else: interval = bootstrap_interval(correct.mean(1))
     ks = [1 << i for i in range(samples.bit_length()) if 1 << i <= samples]
     pass_at = {k: float(pass_at_k(samples, correct.sum(1).astype(int), k).mean()) for k in ks}
     return dict(pass1=interval.mean, low=interval.low, high=interval.high,
                 problems=len(rows), samples=samples, latent_length=mean('latent_length'),
-                text_length=mean('text_length'), support=mean('support'),
-                invalid=1 - float(np.mean(flat('ended'))),
-                unparsed=float(np.mean(flat('unparsed'))),
-                kl=sum(kls) / len(rows) if kls else None, pass_at=pass_at, correct=correct)
+                text_length=mean('text_length'), support=mean('support') if flat['support'] else 1.,
+                invalid=1 - mean('ended'), unparsed=mean('unparsed'),
+                kl=sum(k for _, k in kls) / sum(n for n, _ in kls) if kls else None,
+                pass_at=pass_at, correct=correct)

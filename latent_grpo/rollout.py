@@ -101,7 +101,7 @@ class _Phase:
         self.thinking = self.thinking & (kind == LATENT)
     def select(self, rows): self.thinking, self.owed = self.thinking[rows], self.owed[rows]
 
-# %% ../nbs/06_rollout.ipynb #c4fd81ef
+# %% ../nbs/06_rollout.ipynb #691b7903
 @torch.no_grad()
 def generate(
     model,                    # a `LatentLM`
@@ -114,11 +114,11 @@ def generate(
     thinking: bool = True,    # False: an explicit chain of words from the start
     seed: int = 0,            # of the noise
     rows: Tensor | None = None,   # [B x G] row numbers of the noise; default 0, 1, 2, ...
+    edit=None,                # (t, alive, ids, scores, kind) -> what is done instead of the draw
 ) -> Rollout:
     "Draw G responses for each prompt"
-    device, G = model.embed.device, group_size
+    device, G, N = model.embed.device, group_size, len(prompts) * group_size
     prompt_ids, prompt_mask, logits, cache = _read_prompts(model, prompts, G)
-    N = len(prompts) * G
     rows = torch.arange(N, device=device) if rows is None else rows.to(device)
     sampling = replace(sampling, end_id=end_latent_ids[0])
     mask, phase = prompt_mask.repeat_interleave(G, 0), _Phase(N, thinking, end_latent_ids, device)
@@ -126,6 +126,7 @@ def generate(
     now, record = sampling, []
     for t in range(max_steps):
         ids, scores, kind = draw_step(logits, noise_keys(seed, rows[alive], t), phase.thinking, now)
+        if edit: ids, scores, kind = edit(t, alive, ids, scores, kind)
         phase.force(ids, kind)
         record.append((alive, ids, scores, kind, score_steps(logits, ids, scores, kind, now)))
         phase.advance(kind)

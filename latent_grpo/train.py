@@ -54,20 +54,20 @@ def draw_groups(
     if not kept: return None, None, position, _summary(drawn)
     return join(kept), torch.cat(kept_rewards), position, _summary(drawn)
 
-# %% ../nbs/20_train.ipynb #b47880be
+# %% ../nbs/20_train.ipynb #94ae866f
 def valid_of(r: Rollout, cfg: Config) -> Tensor:   # [B, G] bool
     "Which rollouts are valid under the configuration's rule"
     lengths = r.response_mask.sum(1)
     return valid_rollouts(r.ended, lengths, cfg.max_steps, cfg.overlong).view(-1, r.group_size)
 
 def _summary(drawn):
-    "Means over all rollouts drawn, those of dropped groups included"
-    mean = lambda f: sum(f(m) for m in drawn) / len(drawn)
-    value = lambda name: mean(lambda m: m[name])
-    share = lambda name: mean(lambda m: sum(m[name]) / len(m[name]))
-    return dict(reward=share('correct'), invalid=1 - share('ended'), unparsed=share('unparsed'),
-                equal_groups=value('equal'), latent_length=value('latent_length'),
-                text_length=value('text_length'), support=value('support'), draws=len(drawn))
+    "Means over all rollouts drawn (support: their latent steps), those of dropped groups included"
+    flat = lambda name: [x for m in drawn for x in m[name]]
+    mean = lambda name: sum(flat(name)) / max(1, len(flat(name)))
+    return dict(reward=mean('correct'), invalid=1 - mean('ended'), unparsed=mean('unparsed'),
+                equal_groups=sum(m['equal'] for m in drawn) / len(drawn),
+                latent_length=mean('latent_length'), text_length=mean('text_length'),
+                support=mean('support') if flat('support') else 1., draws=len(drawn))
 
 # %% ../nbs/20_train.ipynb #fc3d2ed0
 def step_advantages(
