@@ -7,19 +7,19 @@ __all__ = ['PRESETS', 'METHODS', 'CHOICES', 'PROMPT', 'Config', 'parse_value', '
            'train_tokenizer', 'chat_prompt', 'text_task', 'test_splits', 'problem_rows', 'build_task', 'device_of',
            'build_model']
 
-# %% ../nbs/18_presets.ipynb #47ffa408
+# %% ../nbs/18_presets.ipynb #120fe6ca
 import ast, difflib, warnings
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 import torch
 from .grading import check_gold, extract_answer, is_correct
-from .model import HFLM, TinyLM
+from .model import TinyLM, fresh_llama, pretrained
 from .noise import one_sided
 from .sampling import Sampling
 from .tasks import Task, chain_task, load_hub, load_rows, split_of
 from .vanilla import Update
 
-# %% ../nbs/18_presets.ipynb #917d85ba
+# %% ../nbs/18_presets.ipynb #a7f54a37
 @dataclass
 class Config(Update):
     "All settings of a run; the paper's fixes are off (see `METHODS`), sources in `PRESETS`"
@@ -49,7 +49,11 @@ class Config(Update):
     heads: int = 4
     ff: int = 128
     vocab_size: int = 2000      # of the tokenizer trained for model='scratch'
-    dtype: str = 'float32'      # of pretrained weights
+    dtype: str = 'float32'      # of pretrained weights; bfloat16 is for evaluation
+    compute: str = 'float32'    # bfloat16: rollouts and gradients in it, weights kept in float32
+    lora_rank: int = 0          # train adapters of this rank only; 0: the weights
+    checkpointing: bool = False # recompute layers in the backward pass
+    resize: bool = False        # add embedding rows for ids of the tokenizer beyond the table
     device: str = 'auto'        # cpu | cuda | auto: a GPU when there is one
     # --- supervised start ---
     explicit_sft: int = 0       # steps on explicit chains
@@ -94,12 +98,13 @@ class Config(Update):
     eval_samples: int = 1       # sampled responses per problem in the final evaluation
     eval_max_steps: int = 0     # L_max of evaluations; 0: as in training
     save_every: int = 0         # steps between checkpoints; 0: only at the end
+    tracker: str = ''           # tensorboard | trackio, beside log.jsonl
     seed: int = 0
 
 # %% ../nbs/18_presets.ipynb #e1904a00
 _TOY, _PAPER, _SCRIPT = 'ours, chosen for a 2-core CPU', 'paper, appendix', 'released scripts'
 
-# %% ../nbs/18_presets.ipynb #9b54b59e
+# %% ../nbs/18_presets.ipynb #7643e3d4
 PRESETS = {
     'toy': dict(
         task=('chains', _TOY), model=('tiny', _TOY), train_rows=(8000, _TOY), test_rows=(512, _TOY),
@@ -130,7 +135,7 @@ PRESETS = {
     'paper-low': dict(
         task=('problems', _PAPER),  # GSM8K-Aug, 301,852 rows: name your copy with --data
         model=('DJCheng/LLaMA3.2-1B-Instruct-Latent-SFT-Top10', 'released weights'),
-        dtype=('bfloat16', _PAPER), prompt_style=('low', _PAPER),
+        compute=('bfloat16', _PAPER), prompt_style=('low', _PAPER),
         answer_format=('\\boxed{{{}}}', _PAPER), max_prompt=(192, _PAPER), rate=(2, 'paper: r = 2'),
         max_steps=(128, _PAPER), top_k=(10, _PAPER), noise_scale=(1.0, _PAPER),
         gumbel_tau=(1.0, _PAPER), temperature=(0.6, _PAPER), text_top_p=(0.95, _PAPER),
@@ -143,7 +148,7 @@ PRESETS = {
     'paper-high': dict(
         task=('problems', _PAPER),  # English DAPO-Math-17k, 14,116 rows: name your copy with --data
         model=('DJCheng/Qwen2.5-Math-7B-Latent-SFT-4k-Top10', 'released weights'),
-        dtype=('bfloat16', _PAPER), prompt_style=('high', _PAPER),
+        compute=('bfloat16', _PAPER), checkpointing=(True, 'ours'), prompt_style=('high', _PAPER),
         answer_format=('\\boxed{{{}}}', _PAPER), max_prompt=(1024, _PAPER),
         rate=(2, 'paper: r = 2'), max_steps=(4096, _PAPER), top_k=(10, _PAPER),
         noise_scale=(1.0, _PAPER), gumbel_tau=(1.0, _PAPER), temperature=(0.6, _PAPER),
@@ -170,9 +175,10 @@ METHODS = {
     'centred': dict(noise='one-sided', centre_draws=8, masking='paper'),
 }
 
-# %% ../nbs/18_presets.ipynb #610d78cd
+# %% ../nbs/18_presets.ipynb #2ecada53
 CHOICES = dict(task=('chains', 'problems'), prompt_style=('plain', 'low', 'high'),
-               dtype=('float32', 'bfloat16'), noise=('two-sided', 'one-sided'),
+               dtype=('float32', 'bfloat16'), compute=('float32', 'bfloat16'),
+               noise=('two-sided', 'one-sided'), tracker=('', 'tensorboard', 'trackio'),
                masking=('off', 'paper', 'released'),
                overlong=('unfinished', 'length'), selection=('off', 'paper', 'released'),
                aggregation=('token-mean', 'seq-mean-token-mean', 'seq-mean-token-sum'))
@@ -204,7 +210,7 @@ def parse_value(
         raise ValueError(f'{name}={text!r}: expected {kind.__name__}, like {default!r}')
     return float(value) if kind is float else value
 
-# %% ../nbs/18_presets.ipynb #31ecbc71
+# %% ../nbs/18_presets.ipynb #364a586b
 def validate(
     cfg: Config,
 ) -> Config:       # the same, or a `ValueError` that names the field, the value and the remedy
@@ -216,13 +222,12 @@ def validate(
     for name in ('lr', 'sharpness'):
         if (v := getattr(cfg, name)) <= 0: raise ValueError(f'{name}={v}: must be positive')
     if not 0 <= cfg.several <= 1: raise ValueError(f'several={cfg.several}: must be in [0, 1]')
-    for name in ('group_size', 'prompts', 'groups', 'minibatches', 'epochs', 'max_steps',
-                 'eval_samples'):
-        value = getattr(cfg, name)
-        if value < 1: raise ValueError(f'{name}={value}: must be at least 1')
+    for name in 'group_size prompts groups minibatches epochs max_steps eval_samples'.split():
+        if (v := getattr(cfg, name)) < 1: raise ValueError(f'{name}={v}: must be at least 1')
     if cfg.group_size < 2:
-        raise ValueError(f'group_size={cfg.group_size}: a group needs at least 2 rollouts '
-                         'to compare')
+        raise ValueError('group_size=1: a group needs at least 2 rollouts to compare')
+    if cfg.model == 'tiny' and (cfg.lora_rank or cfg.checkpointing):
+        raise ValueError("model='tiny': has neither lora_rank nor checkpointing; leave them off")
     sampling_of(cfg)      # refuse combinations that have no meaning before anything runs
     return cfg
 
@@ -272,19 +277,20 @@ def train_tokenizer(
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
     return PreTrainedTokenizerFast(tokenizer_object=tok, eos_token='<eos>')
 
-# %% ../nbs/18_presets.ipynb #60bee429
+# %% ../nbs/18_presets.ipynb #2d3b5244
 def chat_prompt(tokenizer, style: str):
     "The function from a problem to the prompt text that ends in `<think>`"
     if style == 'plain': return lambda problem: f'{problem}\n<think>'
     turns = {'low': lambda p: [dict(role='user', content=f'{PROMPT}\n{p}')],
              'high': lambda p: [dict(role='system', content=PROMPT), dict(role='user', content=p)]}
-    if style not in turns:
-        raise ValueError(f"prompt_style={style!r}: choose 'plain', 'low' or 'high'")
+    if style not in turns: raise ValueError(f"prompt_style={style!r}: plain, low or high")
+    if not tokenizer.chat_template:
+        raise ValueError(f'prompt_style={style!r}: the tokenizer has no chat template; use plain')
     template = lambda p: tokenizer.apply_chat_template(
         turns[style](p), tokenize=False, add_generation_prompt=True)
     return lambda problem: template(problem) + '<think>'
 
-# %% ../nbs/18_presets.ipynb #ad841f6a
+# %% ../nbs/18_presets.ipynb #4d5dc64a
 def text_task(
     cfg: Config,
     tokenizer,        # of transformers
@@ -294,13 +300,15 @@ def text_task(
     encode = lambda text: tokenizer.encode(text, add_special_tokens=False)
     decode = lambda ids: tokenizer.decode(ids, skip_special_tokens=False)
     end = encode('</think>')
-    if not end or decode(end).strip() != '</think>':
-        raise ValueError(f"end token: the tokenizer turns '</think>' into {decode(end)!r}; "
-                         'add it as a special token')
+    for name, marker in (('end', '</think>'), ('start', '<think>')):
+        if (read := decode(encode(marker)).strip()) != marker:
+            raise ValueError(f'{name} token: the tokenizer turns {marker!r} into {read!r}; '
+                             'add it as a special token')
     if tokenizer.eos_token_id is None:
         raise ValueError('eos token: the tokenizer has none; set tokenizer.eos_token')
     return Task(name=Path(cfg.train).stem or 'problems', rows=rows, encode=encode, decode=decode,
-                vocab_size=len(tokenizer), end_latent_ids=tuple(end), eos_id=tokenizer.eos_token_id,
+                vocab_size=1 + max(tokenizer.get_vocab().values()),
+                end_latent_ids=tuple(end), eos_id=tokenizer.eos_token_id,
                 grade=is_correct, extract=extract_answer, check_gold=check_gold,
                 answer_format=cfg.answer_format,
                 prompt_text=chat_prompt(tokenizer, cfg.prompt_style),
@@ -372,27 +380,21 @@ def build_task(
         tokenizer = AutoTokenizer.from_pretrained(cfg.model)
     return text_task(cfg, tokenizer, rows), tokenizer
 
-# %% ../nbs/18_presets.ipynb #247cdf51
+# %% ../nbs/18_presets.ipynb #24e2e0f1
 def device_of(cfg: Config) -> str:
     "Where a run happens"
-    if cfg.device != 'auto': return cfg.device
-    return 'cuda' if torch.cuda.is_available() else 'cpu'
+    found = torch.cuda.is_available()
+    if cfg.device.startswith('cuda') and not found:
+        raise ValueError(f'device={cfg.device!r}: there is no CUDA device; use device=cpu')
+    return cfg.device if cfg.device != 'auto' else 'cuda' if found else 'cpu'
 
 def build_model(cfg: Config, task: Task):
     "The model of a configuration, with fresh or pretrained weights"
     if cfg.latent and cfg.top_k > task.vocab_size:
         raise ValueError(f'top_k={cfg.top_k}: is larger than the vocabulary ({task.vocab_size})')
-    if cfg.model == 'tiny':
-        return TinyLM(task.vocab_size, cfg.width, cfg.layers, cfg.heads, cfg.ff, seed=cfg.seed)
-    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+    size = (task.vocab_size, cfg.width, cfg.layers, cfg.heads, cfg.ff)
+    if cfg.model == 'tiny': return TinyLM(*size, seed=cfg.seed)
+    switches = dict(lora_rank=cfg.lora_rank, checkpointing=cfg.checkpointing, seed=cfg.seed)
     if cfg.model != 'scratch':
-        dtype = getattr(torch, cfg.dtype)
-        return HFLM(AutoModelForCausalLM.from_pretrained(cfg.model, dtype=dtype))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(cfg.seed)
-        return HFLM(LlamaForCausalLM(LlamaConfig(
-            vocab_size=task.vocab_size, hidden_size=cfg.width, intermediate_size=cfg.ff,
-            num_hidden_layers=cfg.layers, num_attention_heads=cfg.heads,
-            num_key_value_heads=cfg.heads, tie_word_embeddings=False,
-            max_position_embeddings=cfg.max_prompt + cfg.max_steps,
-            bos_token_id=None, eos_token_id=task.eos_id)))
+        return pretrained(cfg.model, task.vocab_size, cfg.dtype, cfg.resize, **switches)
+    return fresh_llama(*size, cfg.max_prompt + cfg.max_steps, task.eos_id, **switches)

@@ -132,7 +132,7 @@ def reduced_run(tmp_path, train, *tests):
     for kind in ("explicit", "latent"):
         log = (tmp_path / "run" / f"sft-{kind}.jsonl").read_text().splitlines()
         assert json.loads(log[-1])["step"] == 5
-    config = json.loads((tmp_path / "run" / "policy" / "config.json").read_text())
+    config = json.loads((tmp_path / "run" / "policy" / "latent_grpo.json").read_text())
     assert config["drop"] == "in_aug_valid"
     files = [x for test in tests for x in ("--data", test)]
     said = shell("eval", "--policy", tmp_path / "run" / "policy", "--quiet", *files)

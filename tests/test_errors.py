@@ -212,7 +212,7 @@ def test_end_token_absent_from_the_tokenizer():
 
 def test_tokenizer_without_end_of_text():
     with pytest.raises(ValueError, match="eos token"):
-        text_task(make_config("gsm8k-tiny"), tokenizer("</think>", eos=False), ROWS)
+        text_task(make_config("gsm8k-tiny"), tokenizer("<think>", "</think>", eos=False), ROWS)
 
 
 def test_end_marker_of_several_tokens_is_taken_as_it_is():
@@ -369,4 +369,4 @@ def test_a_kept_run_of_a_comparison_must_have_the_same_settings(tmp_path):
 def test_half_precision_is_refused_before_a_model_is_loaded(tmp_path, monkeypatch):
     monkeypatch.setattr("latent_grpo.train.prepare", forbidden)
     with pytest.raises(ValueError, match="train with dtype=float32"):
-        run(make_config("paper-low", train="x.jsonl"), tmp_path, bar=False)
+        run(make_config("paper-low", train="x.jsonl", dtype="bfloat16"), tmp_path, bar=False)

@@ -31,7 +31,7 @@ ALLOWED = {
     "presets": {"grading", "model", "noise", "sampling", "tasks", "vanilla"},
     "runs": set(),
     "diagnostics": {"grpo", "latent", "rollout", "sampling"},
-    "train": {"diagnostics", "evaluate", "masking", "model", "presets", "rollout", "runs",
+    "train": {"diagnostics", "evaluate", "masking", "presets", "rollout", "runs",
               "selection", "sft", "vanilla"},
     "plots": set(),
     "compare": {"evaluate", "plots", "presets", "runs", "sampling", "train", "vanilla"},
