@@ -170,7 +170,7 @@ class _Recomputed:
         if not torch.is_grad_enabled(): return run(*args, **kwargs)
         return checkpoint(run, *args, use_reentrant=False, **kwargs)
 
-# %% ../nbs/03_model.ipynb #2e544dc9
+# %% ../nbs/03_model.ipynb #0188ac42
 class HFLM(LatentModule):
     "Any `transformers` causal language model behind the `LatentLM` protocol (ours)"
     def __init__(
@@ -226,8 +226,9 @@ class HFLM(LatentModule):
         "Weights under the names that `transformers` knows, adapters added in: what is saved"
         out = {}
         for name, value in self.lm.state_dict().items():
-            module = self.lm.get_submodule(name.rpartition('.base_layer.')[0])
-            if name.endswith('.base_layer.weight'): value = value + module.get_delta_weight('default')
+            if name.endswith('.base_layer.weight'):
+                adapter = self.lm.get_submodule(name.removesuffix('.base_layer.weight'))
+                value = value + adapter.get_delta_weight('default')
             if '.lora_' not in name: out[name.replace('.base_layer.', '.')] = value.detach()
         return out
 

@@ -125,12 +125,13 @@ def _show(progress, row):
     progress.set_postfix(reward=f"{row['reward']:.2f}", length=f'{length:.1f}',
                          invalid=f"{row['invalid']:.2f}")
 
-# %% ../nbs/20_train.ipynb #b6256c80
+# %% ../nbs/20_train.ipynb #6ff7b8ac
 def _full_precision(dtype, cfg):
     if dtype != torch.float32:
         raise ValueError(f'dtype={dtype}: a step of lr={cfg.lr} is lost in the rounding of such '
                          'weights; train with dtype=float32')
 
+# %% ../nbs/20_train.ipynb #d3127bd5
 def train_rl(
     model,                     # trained in place
     task, cfg: Config,
