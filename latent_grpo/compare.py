@@ -33,17 +33,24 @@ NAMES = {'explicit-start': 'explicit SFT', 'latent-start': 'initialisation',
 CURVES = ('reward', 'invalid', 'support', 'validation', 'kl')    # kept of every step's log
 
 # %% ../nbs/22_compare.ipynb #3cf3df40
-def _finished(out: Path, cfg: Config):
+def _finished(out: Path, cfg: Config, free: set = frozenset()):
     "Scores of a run that is already there, or None; other settings in the same folder are an error"
-    same_run(out, cfg)
+    same_run(out, cfg, free)
     return json.loads((out/'scores.json').read_text()) if (out/'scores.json').exists() else None
 
-def _start(cfg: Config, out: Path):
+# settings of the updates: neither a supervised start nor its scores depend on them
+_UPDATE = {f.name for f in fields(Update)} | {
+    'prompts', 'groups', 'max_extra', 'lr', 'weight_decay', 'steps', 'eval_every', 'save_every'}
+
+def _start(cfg: Config, out: Path, explicit: Path | None = None):
     "Supervised start of one kind and its scores; kept when it is already there"
-    if scores := _finished(out, cfg): return scores
+    if scores := _finished(out, cfg, _UPDATE): return scores
     begun = time.time()
-    prepare(cfg, out, bar=False)
+    prepare(cfg, out, False, explicit and explicit/'init')
     minutes = dict(training=(time.time() - begun) / 60)
+    if explicit:
+        first = json.loads((explicit/'scores.json').read_text())['minutes']['training']
+        minutes['training'] += first
     model, task, _ = load_policy(out/'init')
     scores = score_policy(model, task, cfg, reference=model) | dict(minutes=minutes)
     scores['made'] = provenance([cfg.seed])
@@ -65,10 +72,10 @@ def _one_thread(): torch.set_num_threads(1)
 
 # %% ../nbs/22_compare.ipynb #e490cdf3
 # settings that a supervised start does not depend on
-_AFTER = {f.name for f in fields(Update)} | {f.name for f in fields(Sampling)} | {
-    'group_size', 'prompts', 'groups', 'max_extra', 'max_steps', 'noise', 'delta', 'masking',
-    'overlong', 'selection', 'lr', 'weight_decay', 'steps', 'eval_every', 'eval_samples',
-    'eval_max_steps', 'save_every'}
+_AFTER = _UPDATE | {f.name for f in fields(Sampling)} | {
+    'group_size', 'max_steps', 'noise', 'delta', 'masking', 'overlong', 'selection',
+    'eval_samples', 'eval_max_steps'}
+_LATENT = {'rate', 'sharpness', 'latent_sft', 'label_noise', 'label_noise_share'}
 
 def combinations(vary: dict | None) -> list:    # of dicts
     "Every combination of the values of some settings"
@@ -94,8 +101,14 @@ class Job:
     @property
     def start(self) -> 'Job':
         kind = 'explicit-start' if self.method == 'explicit' else 'latent-start'
-        before = {k: v for k, v in self.vary.items() if k not in _AFTER}
-        return replace(self, method=kind, vary=before)
+        ours = _AFTER | (_LATENT if kind == 'explicit-start' else set())
+        return replace(self, method=kind, vary={k: v for k, v in self.vary.items() if k not in ours})
+
+    @property
+    def before(self) -> 'Job | None':
+        "The explicit start from which a latent start goes on"
+        if self.method != 'latent-start' or not self.config.explicit_first: return None
+        return replace(self, method='explicit').start if self.config.explicit_sft else None
 
     @property
     def folder(self) -> Path:
@@ -124,12 +137,12 @@ def run_seeds(
     jobs = [Job(preset, m, s, v, overrides, Path(out))
             for v in combinations(vary) for s in seeds for m in methods]
     for job in jobs: job.config          # a misspelt method is refused before anything runs
-    starts = {job.start.folder: job.start for job in jobs}
+    starts = {s.folder: s for job in jobs for s in (job.start.before, job.start) if s}
     progress = tqdm(total=len(starts) + len(jobs), disable=not bar, desc='runs')
     results, context = [], multiprocessing.get_context('spawn')
     pool = ProcessPoolExecutor(workers, context, _one_thread)
     try:
-        todo = {pool.submit(_start, s.config, s.folder): s for s in starts.values()}
+        todo = {pool.submit(_start, s.config, s.folder): s for s in starts.values() if not s.before}
         while todo:
             done = next(as_completed(todo))
             job = todo.pop(done)
@@ -137,6 +150,8 @@ def run_seeds(
                                 scores=done.result(), curve=_curve(job.folder)))
             if bar: tqdm.write(f'seed {job.seed}  {job.name:32}{_brief(results[-1])}')
             progress.update()
+            todo |= {pool.submit(_start, s.config, s.folder, job.folder): s
+                     for s in starts.values() if s.before and s.before.folder == job.folder}
             todo |= {pool.submit(_method, j.config, j.folder, job.folder/'init'): j
                      for j in jobs if j.start.folder == job.folder}
     finally: pool.shutdown(wait=True, cancel_futures=True)   # Ctrl-C: the queue is dropped

@@ -111,6 +111,7 @@ class TinyCache:
 # %% ../nbs/03_model.ipynb #30ada3f1
 class TinyLM(LatentModule):
     "A small transformer that follows the `LatentLM` protocol (ours)"
+    grad_cache = True     # gradients flow through its cache: a group can share its prompt
     def __init__(
         self,
         vocab_size: int,
@@ -119,15 +120,18 @@ class TinyLM(LatentModule):
         heads: int = 4,
         ff: int = 128,
         seed: int = 0,    # of the initial weights; the global random state is left as it was
+        outputs: int = 0, # the words that it can say are the first ones; 0: all of them
     ):
         super().__init__()
-        self.config = dict(vocab_size=vocab_size, width=width, layers=layers, heads=heads, ff=ff)
+        self.config = dict(vocab_size=vocab_size, width=width, layers=layers, heads=heads, ff=ff,
+                           outputs=outputs or vocab_size)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.embedding = nn.Embedding(vocab_size, width)
             self.shift = nn.Linear(width, width, bias=False)
             self.blocks = nn.ModuleList(Block(width, heads, ff) for _ in range(layers))
-            self.norm, self.unembed = nn.RMSNorm(width), nn.Linear(width, vocab_size, bias=False)
+            self.norm = nn.RMSNorm(width)
+            self.unembed = nn.Linear(width, outputs or vocab_size, bias=False)
         half = width // heads // 2
         self.register_buffer('freqs', 10000. ** (-torch.arange(half) / half), persistent=False)
 

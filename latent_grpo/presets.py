@@ -24,12 +24,13 @@ from .vanilla import Update
 class Config(Update):
     "All settings of a run; the paper's fixes are off (see `METHODS`), sources in `PRESETS`"
     # --- task ---
-    task: str = 'chains'        # chains | problems
+    task: str = 'chains'        # chains | problems | wordproblems
     train: str = ''             # problems: a .jsonl(.gz) file, or a hub dataset as name@split
     tests: str = ''             # further files or datasets, comma-separated; a split each, its stem
     columns: str = ''           # hub columns, e.g. 'problem=question,answer=answer'
     drop: str = ''              # leave out training rows in which this field is true
     limit: int = 0              # training rows; 0: all
+    benchmark_train: bool = True   # wordproblems: train on the benchmarks' own training splits too
     modulus: int = 7
     slots: int = 4
     min_steps: int = 3          # steps that a generated problem needs
@@ -132,6 +133,19 @@ PRESETS = {
         lr=(1e-5, 'ours'), steps=(10, 'ours'), top_k=(6, 'ours'),
         temperature=(1.0, 'ours'), text_top_p=(1.0, 'ours'), text_top_k=(0, 'ours'),
         save_every=(5, 'ours')),
+    'wordproblems': dict(
+        task=('wordproblems', 'ours: real files, see lesson 30'), model=('tiny', _TOY),
+        width=(192, _TOY), layers=(3, _TOY), ff=(512, _TOY),
+        rate=(2, 'paper: r = 2'), max_prompt=(256, 'ours: holds every problem'),
+        max_steps=(48, 'ours: an explicit chain needs up to 40'),
+        test_rows=(0, 'ours: all'),
+        explicit_sft=(1000, _TOY), latent_sft=(500, _TOY), sft_batch=(48, _TOY),
+        sft_lr=(2e-3, _TOY), label_noise=(0.5, 'ours; the paper has 1'),
+        noise_scale=(0.5, 'ours; the paper has 1'), top_k=(6, _TOY),
+        temperature=(1.0, _TOY), text_top_p=(1.0, _TOY), text_top_k=(0, _TOY),
+        prompts=(48, _TOY), max_extra=(0, _TOY), minibatches=(1, _TOY),
+        lr=(3e-5, _TOY), weight_decay=(0.0, _TOY), steps=(40, _TOY),
+        eval_samples=(4, _TOY)),
     'paper-low': dict(
         task=('problems', _PAPER),  # GSM8K-Aug, 301,852 rows: name your copy with --data
         model=('DJCheng/LLaMA3.2-1B-Instruct-Latent-SFT-Top10', 'released weights'),
@@ -176,7 +190,8 @@ METHODS = {
 }
 
 # %% ../nbs/18_presets.ipynb #2ecada53
-CHOICES = dict(task=('chains', 'problems'), prompt_style=('plain', 'low', 'high'),
+CHOICES = dict(task=('chains', 'problems', 'wordproblems'),
+               prompt_style=('plain', 'low', 'high'),
                dtype=('float32', 'bfloat16'), compute=('float32', 'bfloat16'),
                noise=('two-sided', 'one-sided'), tracker=('', 'tensorboard', 'trackio'),
                masking=('off', 'paper', 'released'),
@@ -369,6 +384,9 @@ def build_task(
         task = chain_task(sizes, cfg.modulus, cfg.slots, several=cfg.several,
                           steps=(cfg.min_steps, cfg.most_steps))
         return replace(task, rate=cfg.rate, sharpness=cfg.sharpness), None
+    if cfg.task == 'wordproblems':
+        from latent_grpo.wordproblems import word_task
+        return word_task(cfg, rows), None
     if rows is None and not cfg.train:
         raise ValueError("train='': name a .jsonl file or a hub dataset (--data FILE)")
     rows = problem_rows(cfg) if rows is None else rows
@@ -390,10 +408,10 @@ def device_of(cfg: Config) -> str:
 
 def build_model(cfg: Config, task: Task):
     "The model of a configuration, with fresh or pretrained weights"
-    if cfg.latent and cfg.top_k > task.vocab_size:
+    if cfg.latent and cfg.top_k > (task.outputs or task.vocab_size):
         raise ValueError(f'top_k={cfg.top_k}: is larger than the vocabulary ({task.vocab_size})')
     size = (task.vocab_size, cfg.width, cfg.layers, cfg.heads, cfg.ff)
-    if cfg.model == 'tiny': return TinyLM(*size, seed=cfg.seed)
+    if cfg.model == 'tiny': return TinyLM(*size, cfg.seed, task.outputs)
     switches = dict(lora_rank=cfg.lora_rank, checkpointing=cfg.checkpointing, seed=cfg.seed)
     if cfg.model != 'scratch':
         return pretrained(cfg.model, task.vocab_size, cfg.dtype, cfg.resize, **switches)

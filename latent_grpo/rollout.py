@@ -169,8 +169,13 @@ def replay_states(
     embed = model.embed.detach()
     steps = step_inputs(embed, flat(r.ids), flat(r.scores), flat(r.kind), per_step)
     steps = steps.view(N, T - 1, embed.shape[1])
-    prompt = embed[r.prompt_ids].repeat_interleave(G, 0)
     mask = torch.cat([r.prompt_mask.repeat_interleave(G, 0), r.response_mask[:, :-1]], 1)
+    if P > 2 * T and getattr(model, 'grad_cache', False):      # read a long prompt once a group
+        first, cache = model.hidden(embed[r.prompt_ids], r.prompt_mask, use_cache=True)
+        cache.batch_repeat_interleave(G)
+        rest = model.hidden(steps, mask, cache)[0]
+        return torch.cat([first[:, -1:].repeat_interleave(G, 0), rest], 1)
+    prompt = embed[r.prompt_ids].repeat_interleave(G, 0)
     return model.hidden(torch.cat([prompt, steps], 1), mask)[0][:, P - 1:]
 
 # %% ../nbs/06_rollout.ipynb #8f37cf30

@@ -7,7 +7,7 @@ __all__ = ['supervised_steps', 'collate', 'perturb_labels', 'sft_loss', 'cosine'
 
 # %% ../nbs/07_sft.ipynb #0d3196ee
 from pathlib import Path
-import math, os
+import math, os, random
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -85,12 +85,22 @@ def cosine(step: int, steps: int, warmup: float = 0.05) -> float:
     if step < up: return (step + 1) / up
     return 0.5 * (1 + math.cos(math.pi * (step - up) / max(1, steps - up)))
 
-def _examples(task, latent):
-    "Prompt and steps of every training row that has a chain"
-    rows = [r for r in task.rows['train'] if r['cot'] is not None]
+def _stream(task, latent, batch_size, gen, seed, together=32):
+    "Endless batches of (prompt, steps); a task that varies its rows has them weighted and sorted"
+    rows = [r for r in task.rows['train'] + task.extra if r['cot'] is not None]
     if not rows:
         raise ValueError(f'{task.name}: no training row has a chain of thought (field cot)')
-    return [(task.prompt(r), supervised_steps(task, r, latent)) for r in rows]
+    example = lambda r: (task.prompt(r), supervised_steps(task, r, latent))
+    examples = [] if task.vary else [example(r) for r in rows]
+    shares = torch.tensor([r.get('weight', 1.) for r in rows])
+    rng, N = random.Random(seed), batch_size * together
+    while not task.vary:
+        yield [examples[i] for i in torch.randint(len(rows), (batch_size,), generator=gen)]
+    while True:      # batches of like lengths, for little padding
+        some = [task.vary(rows[i], rng) for i in shares.multinomial(N, True, generator=gen)]
+        made = sorted(map(example, some), key=lambda e: len(e[0]) + len(e[1]))
+        for b in torch.randperm(together, generator=gen):
+            yield made[b * batch_size:(b + 1) * batch_size]
 
 def _noisy_batch(examples, keys, noise_scale, noise_share):
     "The tensors that `sft_loss` takes"
@@ -115,17 +125,16 @@ def train_sft(
     bar: bool = True,
 ) -> dict:                     # the last metrics
     "Supervised training on explicit or latent chains: AdamW, cosine schedule, clipped gradients"
-    examples = _examples(task, latent)
+    gen, smooth = torch.Generator().manual_seed(seed), None
+    batches = _stream(task, latent, batch_size, gen, seed)
     model.embed.requires_grad_(not freeze_embed)
     params = [p for p in model.parameters() if p.requires_grad]
     opt = torch.optim.AdamW(params, lr=lr, betas=(0.9, 0.98), weight_decay=weight_decay)
-    gen, smooth = torch.Generator().manual_seed(seed), None
     progress = tqdm(range(steps), disable=not bar, leave=False)
     model.train()
     for step in progress:
-        picked = torch.randint(len(examples), (batch_size,), generator=gen)
         keys = noise_keys(seed, step, torch.arange(batch_size))
-        batch = _noisy_batch([examples[i] for i in picked], keys, noise_scale, noise_share)
+        batch = _noisy_batch(next(batches), keys, noise_scale, noise_share)
         for g in opt.param_groups: g['lr'] = lr * cosine(step, steps)
         loss, kl = sft_loss(model, *(t.to(model.embed.device) for t in batch))
         opt.zero_grad()

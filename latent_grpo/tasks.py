@@ -223,6 +223,9 @@ class Task:
     rate: int = 4                    # r: chain tokens per latent label
     filler: frozenset = field(default_factory=frozenset)
     sharpness: float = 1.0           # of the label weights, see `compress`
+    outputs: int = 0                 # the model can say only the first ids; 0: all of them
+    extra: list = field(default_factory=list)   # further rows, for supervised training only
+    vary: Callable | None = None     # (row, random.Random) -> a row like it, drawn afresh
 
     def prompt(self, row: dict) -> list:
         "Token ids of the prompt; a `ValueError` names the row when it is over `max_prompt`"

@@ -8,10 +8,12 @@ __all__ = ['ARCHITECTURE', 'SETTINGS', 'FREE', 'draw_groups', 'valid_of', 'step_
            'score_policy', 'prepare', 'same_run', 'begin', 'save_best', 'run']
 
 # %% ../nbs/20_train.ipynb #f0027f5c
+from dataclasses import replace
 from pathlib import Path
 import copy, json, time
 from dataclasses import replace
 import torch
+from safetensors.torch import load_model, save_model
 from torch import Tensor
 from tqdm.auto import tqdm
 from .diagnostics import diagnose
@@ -186,7 +188,6 @@ SETTINGS = 'latent_grpo.json'     # our file in a policy's folder; the others ar
 
 def save_policy(path: Path, model, cfg: Config, tokenizer=None):
     "A folder for `load_policy`; a transformers policy is also one for `from_pretrained`"
-    from safetensors.torch import save_model
     def write(folder):
         if hasattr(model, 'lm'): model.lm.save_pretrained(folder, state_dict=model.merged())
         else: save_model(model, str(folder/'model.safetensors'))
@@ -201,7 +202,6 @@ def load_policy(
     **overrides,       # settings that differ from the saved ones
 ) -> tuple:            # model, task, configuration
     "Model and task of a saved policy"
-    from safetensors.torch import load_model
     path = Path(path)
     if not (path/SETTINGS).exists():
         raise FileNotFoundError(f'{path}: no saved policy ({SETTINGS}) in this folder')
@@ -273,11 +273,15 @@ def score_policy(
     return out
 
 # %% ../nbs/20_train.ipynb #652831d1
-def prepare(cfg: Config, out: Path, bar: bool = True):
+def prepare(
+    cfg: Config, out: Path, bar: bool = True,
+    explicit: Path | None = None,    # a saved policy that stands for the explicit SFT
+):
     "Supervised start of a configuration, saved as out/init"
     task, tokenizer = build_task(cfg)
     model = build_model(cfg, task).to(device_of(cfg))
-    supervised_start(model, task, cfg, out, bar)
+    if explicit: load_model(model, str(explicit/'model.safetensors'))
+    supervised_start(model, task, replace(cfg, explicit_sft=0) if explicit else cfg, out, bar)
     save_policy(out/'init', model, cfg, tokenizer)
 
 FREE = ('steps', 'eval_every', 'eval_samples', 'eval_max_steps', 'save_every',
