@@ -135,11 +135,11 @@ PRESETS = {
         save_every=(5, 'ours')),
     'wordproblems': dict(
         task=('wordproblems', 'ours: real files, see lesson 30'), model=('tiny', _TOY),
-        width=(192, _TOY), layers=(3, _TOY), ff=(512, _TOY),
+        width=(128, _TOY), layers=(3, _TOY), ff=(352, _TOY),
         rate=(2, 'paper: r = 2'), max_prompt=(256, 'ours: holds every problem'),
         max_steps=(48, 'ours: an explicit chain needs up to 40'),
         test_rows=(0, 'ours: all'),
-        explicit_sft=(1000, _TOY), latent_sft=(500, _TOY), sft_batch=(48, _TOY),
+        explicit_sft=(4000, _TOY), latent_sft=(1200, _TOY), sft_batch=(24, _TOY),
         sft_lr=(2e-3, _TOY), label_noise=(0.5, 'ours; the paper has 1'),
         noise_scale=(0.5, 'ours; the paper has 1'), top_k=(6, _TOY),
         temperature=(1.0, _TOY), text_top_p=(1.0, _TOY), text_top_k=(0, _TOY),
@@ -411,7 +411,10 @@ def build_model(cfg: Config, task: Task):
     if cfg.latent and cfg.top_k > (task.outputs or task.vocab_size):
         raise ValueError(f'top_k={cfg.top_k}: is larger than the vocabulary ({task.vocab_size})')
     size = (task.vocab_size, cfg.width, cfg.layers, cfg.heads, cfg.ff)
-    if cfg.model == 'tiny': return TinyLM(*size, cfg.seed, task.outputs)
+    if cfg.model == 'tiny':
+        model = TinyLM(*size, cfg.seed, task.outputs)
+        if task.start: task.start(model)
+        return model
     switches = dict(lora_rank=cfg.lora_rank, checkpointing=cfg.checkpointing, seed=cfg.seed)
     if cfg.model != 'scratch':
         return pretrained(cfg.model, task.vocab_size, cfg.dtype, cfg.resize, **switches)

@@ -226,6 +226,7 @@ class Task:
     outputs: int = 0                 # the model can say only the first ids; 0: all of them
     extra: list = field(default_factory=list)   # further rows, for supervised training only
     vary: Callable | None = None     # (row, random.Random) -> a row like it, drawn afresh
+    start: Callable | None = None    # changes the fresh weights of a model of ours, in place
 
     def prompt(self, row: dict) -> list:
         "Token ids of the prompt; a `ValueError` names the row when it is over `max_prompt`"

@@ -5,14 +5,16 @@
 # %% auto #0
 __all__ = ['SYMBOLS', 'CONSTANTS', 'FILES', 'LONGEST', 'STEPS', 'plain_number', 'words_of', 'number_tokens', 'Words',
            'expression_steps', 'run_steps', 'with_chain', 'vary', 'arithmetic_rows', 'read_files', 'bucket',
-           'split_rows', 'word_task']
+           'split_rows', 'number_start', 'word_task']
 
-# %% ../nbs/30_wordproblems.ipynb #f67ee05e
+# %% ../nbs/30_wordproblems.ipynb #fd7e3913
 from collections import Counter
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
-import ast, hashlib, os, random, re
+import ast, hashlib, math, os, random, re
+import torch
+from torch import Tensor
 from .tasks import Task, load_rows
 
 # %% ../nbs/30_wordproblems.ipynb #79eb35e7
@@ -152,12 +154,12 @@ def with_chain(row: dict) -> dict | None:
     return dict(row, problem=' '.join(words), answer=answer, cot=done[0], text=row['problem'],
                 steps=steps, numbers=numbers if free else [])
 
-# %% ../nbs/30_wordproblems.ipynb #f4099251
+# %% ../nbs/30_wordproblems.ipynb #b050d1a7
 def vary(row: dict, rng: random.Random, share: float = 0.9, tries: int = 30) -> dict:
     "The same problem with other whole numbers, where that gives whole results; 90 % of the time"
     if not row.get('numbers') or rng.random() > share: return row
     for _ in range(tries):
-        new = [str(rng.randint(max(1, int(n) // 3), 3 * int(n) + 2)) for n in row['numbers']]
+        new = [str(rng.randint(max(1, int(n) // 2), 3 * int(n) // 2 + 3)) for n in row['numbers']]
         if len(set(new)) < len(new): continue
         values = dict(zip(row['numbers'], new))
         done = run_steps(row['steps'], values)
@@ -166,12 +168,12 @@ def vary(row: dict, rng: random.Random, share: float = 0.9, tries: int = 30) -> 
         return dict(row, problem=problem, cot=done[0], answer=done[1])
     return row
 
-def arithmetic_rows(n: int = 400, weight: float = 12., seed: int = 0) -> list:
+def arithmetic_rows(n: int = 400, weight: float = 24., seed: int = 0) -> list:
     "Sums without words, one or two steps from left to right, for supervised training"
     rng, rows = random.Random(seed), {}
     while len(rows) < n:
         ops = [rng.choice('+-*/') for _ in range(rng.choice((1, 2)))]
-        numbers = [str(rng.randint(2, rng.choice((9, 99, 999)))) for _ in range(len(ops) + 1)]
+        numbers = [str(rng.randint(2, rng.choice((9, 19, 99, 99, 499)))) for _ in range(len(ops) + 1)]
         steps = [('#0' if i else numbers[0], op, numbers[i + 1]) for i, op in enumerate(ops)]
         done = run_steps(steps, {})
         if done is None or '.' in done[0] or len(set(numbers)) < len(numbers): continue
@@ -199,7 +201,7 @@ def bucket(row: dict) -> int:    # 0 to 9
     "A hash of the problem without its numbers: problems that differ in numbers stay together"
     return int(hashlib.sha1(_template(row).encode()).hexdigest(), 16) % 10
 
-# %% ../nbs/30_wordproblems.ipynb #c5bfe56c
+# %% ../nbs/30_wordproblems.ipynb #887aefb6
 def split_rows(
     files: dict,                    # from `read_files`
     benchmark_train: bool = True,   # train on the training splits of MultiArith and SVAMP too
@@ -219,7 +221,7 @@ def split_rows(
     shapes, texts = set(map(_template, kept)), set(map(_letters, [*kept, *tests['svamp']]))
     clean = lambda r: _letters(r) not in texts and _template(r) not in shapes
     bases = {r['id'] for r in files['mawps']
-             if clean(r) and (bucket(r) > 3 or benchmark_train and _letters(r) in arith)}
+             if clean(r) and (benchmark_train if _letters(r) in arith else bucket(r) > 3)}
     pool['paramawps'] = [r for r in files['paramawps'] if r['base_id'] in bases]
     pool['gsm8k_eq_train'] = files['gsm8k_eq_train']
     rows = {n: [dict(r, weight=FILES[n]) for r in some if clean(r) and bucket(r) != 3]
@@ -227,7 +229,24 @@ def split_rows(
     extra = [r for n in ('paramawps', 'gsm8k_eq_train') for r in rows.pop(n)]
     return dict(train=sum(rows.values(), []), validation=validation) | tests, extra
 
-# %% ../nbs/30_wordproblems.ipynb #63f51940
+# %% ../nbs/30_wordproblems.ipynb #770c56aa
+def number_start(
+    embedding: Tensor,   # [V, D] initial embeddings, changed in place
+    outputs: Tensor,     # [outputs, D] initial output weights, changed in place
+    seed: int = 0,       # of the random map from features to the width
+):
+    "Let 0 to 99 start as points on circles of several periods, and as a size (ours)"
+    n = torch.arange(100.)[:, None]
+    angle = 2 * math.pi * n / torch.tensor([100., 50, 25, 20, 10, 5, 4, 2])
+    features = torch.cat([angle.cos(), angle.sin(), n / 50 - 1, (n + 1).log() / 2.3 - 1], 1)
+    F = torch.randn(features.shape[1], embedding.shape[1],
+                    generator=torch.Generator().manual_seed(seed))
+    points, where = features @ F * (2 / len(F))**.5, SYMBOLS.index('0')
+    with torch.no_grad():
+        embedding[where:where + 100] = points
+        outputs[where:where + 100] += 0.05 * points
+
+# %% ../nbs/30_wordproblems.ipynb #d52df4e8
 @lru_cache(maxsize=2)     # a process that trains several policies reads the files once
 def _real(folder, benchmark_train): return split_rows(read_files(folder), benchmark_train)
 
@@ -253,4 +272,5 @@ def word_task(
                 decode=vocab.decode, vocab_size=len(vocab), outputs=len(SYMBOLS),
                 end_latent_ids=(vocab.ids['</think>'],), eos_id=vocab.ids['<eos>'],
                 prompt_text=lambda problem: f'{problem} <think>', max_prompt=cfg.max_prompt,
-                rate=cfg.rate, sharpness=cfg.sharpness, vary=vary)
+                rate=cfg.rate, sharpness=cfg.sharpness, vary=vary,
+                start=lambda model: number_start(model.embed, model.unembed.weight, cfg.seed))

@@ -28,7 +28,8 @@ ALLOWED = {
     "noise": {"sampling"},
     "selection": set(),
     "evaluate": {"latent", "rollout", "sampling"},
-    "presets": {"grading", "model", "noise", "sampling", "tasks", "vanilla"},
+    "presets": {"grading", "model", "noise", "sampling", "tasks", "vanilla",
+                "wordproblems"},
     "runs": set(),
     "diagnostics": {"grpo", "latent", "rollout", "sampling"},
     "train": {"diagnostics", "evaluate", "masking", "presets", "rollout", "runs",
@@ -38,10 +39,12 @@ ALLOWED = {
     "explore": {"diagnostics", "evaluate", "masking", "noise", "plots", "sampling"},
     "cli": {"benchmarks", "compare", "presets", "runs", "train"},
     "benchmarks": {"evaluate", "presets", "runs", "sampling", "train"},
+    "wordproblems": {"tasks"},
 }
 
 # Edges to a later notebook: the import stands inside a function. (importer, imported): why
-LATE = {("cli", "benchmarks"): "the command line is older than the benchmarks that it starts"}
+LATE = {("cli", "benchmarks"): "the command line is older than the benchmarks that it starts",
+        ("presets", "wordproblems"): "real word problems are one of the tasks that it builds"}
 
 PROBE = """
 import importlib, json, random, sys
