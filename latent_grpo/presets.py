@@ -19,7 +19,7 @@ from .sampling import Sampling
 from .tasks import Task, chain_task, load_hub, load_rows, split_of
 from .vanilla import Update
 
-# %% ../nbs/18_presets.ipynb #a7f54a37
+# %% ../nbs/18_presets.ipynb #7a786c3f
 @dataclass
 class Config(Update):
     "All settings of a run; the paper's fixes are off (see `METHODS`), sources in `PRESETS`"
@@ -59,6 +59,11 @@ class Config(Update):
     # --- supervised start ---
     explicit_sft: int = 0       # steps on explicit chains
     latent_sft: int = 0         # steps on latent labels
+    labels: str = ''            # folder of learned labels; '': made from the words of the chain
+    encoder_sft: int = 0        # steps of stage 1: encoder before a frozen decoder,
+    decoder_sft: int = 0        # decoder behind a frozen encoder,
+    joint_sft: int = 0          # both
+    label_lr: float = 1e-3      # of stage 1
     explicit_first: bool = True # Latent-SFT starts from the explicit model, not from fresh weights
     sft_batch: int = 128
     sft_lr: float = 4e-3
@@ -105,12 +110,14 @@ class Config(Update):
 # %% ../nbs/18_presets.ipynb #e1904a00
 _TOY, _PAPER, _SCRIPT = 'ours, chosen for a 2-core CPU', 'paper, appendix', 'released scripts'
 
-# %% ../nbs/18_presets.ipynb #7643e3d4
+# %% ../nbs/18_presets.ipynb #6f252e3d
 PRESETS = {
     'toy': dict(
         task=('chains', _TOY), model=('tiny', _TOY), train_rows=(8000, _TOY), test_rows=(512, _TOY),
         explicit_sft=(640, 'ours: meant to stop before the toy is solved'),
         latent_sft=(1000, _TOY), explicit_first=(False, _TOY),
+        encoder_sft=(300, _TOY), decoder_sft=(150, _TOY), joint_sft=(150, _TOY),
+        label_lr=(2e-3, _TOY),
         sft_batch=(64, _TOY), sft_lr=(4e-3, _TOY),
         top_k=(4, 'ours: labels have two or three parts'),
         max_steps=(56, 'ours: an explicit chain needs up to 51'),

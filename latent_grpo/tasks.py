@@ -203,7 +203,7 @@ def exact_match(
     "Right when the answer is, letter for letter, the expected one"
     return text.strip() == answer.strip()
 
-# %% ../nbs/01_tasks.ipynb #695dfc12
+# %% ../nbs/01_tasks.ipynb #0921645b
 @dataclass
 class Task:
     "Problems joined to a tokenizer: all that training and evaluation need to know of a task"
@@ -254,7 +254,10 @@ class Task:
 
     def latent_target(self, row: dict) -> tuple:
         "Latent labels [(ids, weights)] of the chain, and the token ids that follow them"
-        return compress(self._chain(row), self.rate, self.filler, self.sharpness), self._tail(row)
+        labels = row.get('labels')           # learned ones, if an encoder has written them
+        if labels is None: labels = compress(self._chain(row), self.rate, self.filler,
+                                             self.sharpness)
+        return labels, self._tail(row)
 
     def answer_text(self, ids: list) -> str | None:
         "Text after the first end marker in a response; None when the marker never came"

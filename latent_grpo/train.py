@@ -224,7 +224,7 @@ def _tokenizer(path):
     from transformers import AutoTokenizer
     return AutoTokenizer.from_pretrained(path)
 
-# %% ../nbs/20_train.ipynb #2fcde521
+# %% ../nbs/20_train.ipynb #ad5c8d08
 def _supervised(cfg):
     "The phases of the supervised start that have steps: (latent labels?, steps)"
     explicit = cfg.explicit_sft if cfg.explicit_first or not cfg.latent else 0
@@ -233,6 +233,9 @@ def _supervised(cfg):
 
 def supervised_start(model, task, cfg: Config, out: Path | None = None, bar: bool = True):
     "Explicit SFT and then Latent-SFT, as many steps of each as the configuration says"
+    if cfg.labels:
+        from latent_grpo.labels import with_labels
+        task = with_labels(task, cfg.labels)
     for latent, steps in _supervised(cfg):
         log = RunLog(Path(out)/f"sft-{'latent' if latent else 'explicit'}.jsonl") if out else None
         train_sft(model, task, latent, steps, cfg.sft_batch, cfg.sft_lr, bar=bar, seed=cfg.seed,
