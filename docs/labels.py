@@ -12,14 +12,15 @@ from pathlib import Path
 import torch
 
 from latent_grpo.evaluate import seed_interval
-from latent_grpo.labels import STAGES, sft, with_labels
+from latent_grpo.labels import STAGES, sft
 from latent_grpo.latent import effective_support
 from latent_grpo.presets import make_config
 from latent_grpo.runs import provenance
+from latent_grpo.sft import with_labels
 from latent_grpo.train import load_policy, prepare, score_policy
 
 SEEDS = range(5)
-SETTINGS = dict(sft_batch=32, explicit_sft=300, encoder_sft=100, decoder_sft=50, joint_sft=150)
+SETTINGS = dict(sft_batch=32, explicit_sft=300)
 KEYS = ("pass1", "latent_length", "text_length", "support", "invalid")
 
 
@@ -34,12 +35,9 @@ def measure(cfg, policy, log, labels=None):
     scores = score_policy(model, task, cfg, ["test"])["test"]
     found = {how: {k: scores[how][k] for k in KEYS} for how in ("noise_free", "sampled")}
     rows = (with_labels(task, labels) if labels else task).rows["train"][:500]
-    mixtures = [torch.tensor(w) for r in rows for _, w in with_row(task, r)]
+    mixtures = [torch.tensor(w) for r in rows for _, w in task.latent_target(r)[0]]
     support = sum(effective_support(w).item() for w in mixtures) / len(mixtures)
     return found | dict(kl=last(log)["kl"], label_support=support)
-
-
-def with_row(task, row): return task.latent_target(row)[0]
 
 
 def one(seed, out):

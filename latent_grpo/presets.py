@@ -19,7 +19,7 @@ from .sampling import Sampling
 from .tasks import Task, chain_task, load_hub, load_rows, split_of
 from .vanilla import Update
 
-# %% ../nbs/18_presets.ipynb #7a786c3f
+# %% ../nbs/18_presets.ipynb #8074db5b
 @dataclass
 class Config(Update):
     "All settings of a run; the paper's fixes are off (see `METHODS`), sources in `PRESETS`"
@@ -60,10 +60,8 @@ class Config(Update):
     explicit_sft: int = 0       # steps on explicit chains
     latent_sft: int = 0         # steps on latent labels
     labels: str = ''            # folder of learned labels; '': made from the words of the chain
-    encoder_sft: int = 0        # steps of stage 1: encoder before a frozen decoder,
-    decoder_sft: int = 0        # decoder behind a frozen encoder,
-    joint_sft: int = 0          # both
-    label_lr: float = 1e-3      # of stage 1
+    label_steps: tuple = (0, 0, 0)    # of training the encoder that writes them, its decoder, both
+    label_lr: float = 1e-3
     explicit_first: bool = True # Latent-SFT starts from the explicit model, not from fresh weights
     sft_batch: int = 128
     sft_lr: float = 4e-3
@@ -107,18 +105,15 @@ class Config(Update):
     tracker: str = ''           # tensorboard | trackio, beside log.jsonl
     seed: int = 0
 
-# %% ../nbs/18_presets.ipynb #e1904a00
+# %% ../nbs/18_presets.ipynb #3fb45631
 _TOY, _PAPER, _SCRIPT = 'ours, chosen for a 2-core CPU', 'paper, appendix', 'released scripts'
 
-# %% ../nbs/18_presets.ipynb #6f252e3d
 PRESETS = {
     'toy': dict(
         task=('chains', _TOY), model=('tiny', _TOY), train_rows=(8000, _TOY), test_rows=(512, _TOY),
         explicit_sft=(640, 'ours: meant to stop before the toy is solved'),
-        latent_sft=(1000, _TOY), explicit_first=(False, _TOY),
-        encoder_sft=(300, _TOY), decoder_sft=(150, _TOY), joint_sft=(150, _TOY),
-        label_lr=(2e-3, _TOY),
-        sft_batch=(64, _TOY), sft_lr=(4e-3, _TOY),
+        latent_sft=(1000, _TOY), explicit_first=(False, _TOY), label_steps=((100, 50, 150), _TOY),
+        sft_batch=(64, _TOY), sft_lr=(4e-3, _TOY), label_lr=(2e-3, _TOY),
         top_k=(4, 'ours: labels have two or three parts'),
         max_steps=(56, 'ours: an explicit chain needs up to 51'),
         temperature=(1.0, 'ours: no truncation in so small a vocabulary'),
@@ -279,9 +274,8 @@ def sampling_of(
     if not noise_free: return s
     return replace(s, noise_scale=0., temperature=0., score='published', clip=(-1.5, 3.))
 
-# %% ../nbs/18_presets.ipynb #319f80c6
-# the paper's instruction
-PROMPT = 'Please reason step by step, and put your final answer within \\boxed{}.'
+# %% ../nbs/18_presets.ipynb #ed601921
+PROMPT = 'Please reason step by step, and put your final answer within \\boxed{}.'   # paper
 
 def train_tokenizer(
     texts,             # iterable of str
@@ -312,7 +306,7 @@ def chat_prompt(tokenizer, style: str):
         turns[style](p), tokenize=False, add_generation_prompt=True)
     return lambda problem: template(problem) + '<think>'
 
-# %% ../nbs/18_presets.ipynb #4d5dc64a
+# %% ../nbs/18_presets.ipynb #da7e4b40
 def text_task(
     cfg: Config,
     tokenizer,        # of transformers
@@ -321,7 +315,6 @@ def text_task(
     "Word problems as a `Task`"
     encode = lambda text: tokenizer.encode(text, add_special_tokens=False)
     decode = lambda ids: tokenizer.decode(ids, skip_special_tokens=False)
-    end = encode('</think>')
     for name, marker in (('end', '</think>'), ('start', '<think>')):
         if (read := decode(encode(marker)).strip()) != marker:
             raise ValueError(f'{name} token: the tokenizer turns {marker!r} into {read!r}; '
@@ -330,7 +323,7 @@ def text_task(
         raise ValueError('eos token: the tokenizer has none; set tokenizer.eos_token')
     return Task(name=Path(cfg.train).stem or 'problems', rows=rows, encode=encode, decode=decode,
                 vocab_size=1 + max(tokenizer.get_vocab().values()),
-                end_latent_ids=tuple(end), eos_id=tokenizer.eos_token_id,
+                end_latent_ids=tuple(encode('</think>')), eos_id=tokenizer.eos_token_id,
                 grade=is_correct, extract=extract_answer, check_gold=check_gold,
                 answer_format=cfg.answer_format,
                 prompt_text=chat_prompt(tokenizer, cfg.prompt_style),

@@ -7,7 +7,7 @@ __all__ = ['ARCHITECTURE', 'SETTINGS', 'FREE', 'draw_groups', 'valid_of', 'step_
            'train_rl', 'validation', 'save_policy', 'load_policy', 'supervised_start', 'failure_metrics',
            'score_policy', 'prepare', 'same_run', 'begin', 'save_best', 'run']
 
-# %% ../nbs/20_train.ipynb #f0027f5c
+# %% ../nbs/20_train.ipynb #6a3af5d3
 from dataclasses import replace
 from pathlib import Path
 import copy, json, time
@@ -25,7 +25,7 @@ from .rollout import Rollout, generate, join, select_groups
 from .runs import (RunLog, interruptible, load_checkpoint, main_process, provenance,
                               save_checkpoint, write_folder)
 from .selection import beginning_logps, first_step_mask
-from .sft import train_sft
+from .sft import train_sft, with_labels
 from .vanilla import training_row, update
 
 # %% ../nbs/20_train.ipynb #455278ef
@@ -224,7 +224,7 @@ def _tokenizer(path):
     from transformers import AutoTokenizer
     return AutoTokenizer.from_pretrained(path)
 
-# %% ../nbs/20_train.ipynb #ad5c8d08
+# %% ../nbs/20_train.ipynb #684a37dc
 def _supervised(cfg):
     "The phases of the supervised start that have steps: (latent labels?, steps)"
     explicit = cfg.explicit_sft if cfg.explicit_first or not cfg.latent else 0
@@ -233,9 +233,7 @@ def _supervised(cfg):
 
 def supervised_start(model, task, cfg: Config, out: Path | None = None, bar: bool = True):
     "Explicit SFT and then Latent-SFT, as many steps of each as the configuration says"
-    if cfg.labels:
-        from latent_grpo.labels import with_labels
-        task = with_labels(task, cfg.labels)
+    if cfg.labels: task = with_labels(task, cfg.labels)
     for latent, steps in _supervised(cfg):
         log = RunLog(Path(out)/f"sft-{'latent' if latent else 'explicit'}.jsonl") if out else None
         train_sft(model, task, latent, steps, cfg.sft_batch, cfg.sft_lr, bar=bar, seed=cfg.seed,

@@ -37,14 +37,19 @@ ALLOWED = {
     "plots": set(),
     "compare": {"evaluate", "plots", "presets", "runs", "sampling", "train", "vanilla"},
     "explore": {"diagnostics", "evaluate", "masking", "noise", "plots", "sampling"},
-    "cli": {"benchmarks", "compare", "presets", "runs", "train"},
+    "cli": {"benchmarks", "compare", "labels", "presets", "runs", "train"},
+    "labels": {"latent", "presets", "runs", "sft", "train"},
     "benchmarks": {"evaluate", "presets", "runs", "sampling", "train"},
     "wordproblems": {"tasks"},
 }
 
 # Edges to a later notebook: the import stands inside a function. (importer, imported): why
 LATE = {("cli", "benchmarks"): "the command line is older than the benchmarks that it starts",
+<<<<<<< HEAD
         ("presets", "wordproblems"): "real word problems are one of the tasks that it builds"}
+=======
+        ("cli", "labels"): "and than the labels that it has written"}
+>>>>>>> 624b361 (Latent-SFT, whole: encoder, decoder and joint step, labels in shards, stage 2 on them, as one command)
 
 PROBE = """
 import importlib, json, random, sys
