@@ -45,11 +45,8 @@ ALLOWED = {
 
 # Edges to a later notebook: the import stands inside a function. (importer, imported): why
 LATE = {("cli", "benchmarks"): "the command line is older than the benchmarks that it starts",
-<<<<<<< HEAD
+        ("cli", "labels"): "and than the labels that it has written",
         ("presets", "wordproblems"): "real word problems are one of the tasks that it builds"}
-=======
-        ("cli", "labels"): "and than the labels that it has written"}
->>>>>>> 624b361 (Latent-SFT, whole: encoder, decoder and joint step, labels in shards, stage 2 on them, as one command)
 
 PROBE = """
 import importlib, json, random, sys
