@@ -7,7 +7,7 @@ __all__ = ['CONTROLS', 'PROTOCOLS', 'PAPER', 'removed', 'argmax', 'shuffled', 's
            'share_interval', 'score', 'open_policy', 'rollouts_that_fit', 'rows_hash', 'run_protocol', 'beside_paper',
            'paper_table', 'control_table', 'pass_table', 'benchmark']
 
-# %% ../nbs/29_benchmarks.ipynb #8ec6c052
+# %% ../nbs/29_benchmarks.ipynb #e06d2012
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,8 +18,8 @@ import torch
 from tqdm.auto import tqdm
 from .evaluate import (Interval, benchmark_mean, bootstrap_interval, pass_at_k,
                                   rollout_metrics, rollouts, seed_interval, wilson_interval)
-from .presets import (build_model, build_task, device_of, make_config, sampling_of,
-                                 test_splits)
+from .data import test_splits
+from .presets import build_model, build_task, device_of, make_config, sampling_of
 from .runs import provenance
 from .sampling import END, LATENT, TEXT, noise_keys
 from .train import load_policy, same_run

@@ -6,7 +6,7 @@
 __all__ = ['NAMES', 'CURVES', 'COLUMNS', 'combinations', 'Job', 'label', 'run_seeds', 'table_rows', 'table_text', 'compare',
            'draw']
 
-# %% ../nbs/22_compare.ipynb #dc11f501
+# %% ../nbs/22_compare.ipynb #dfac1183
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, fields, replace
 from importlib.util import find_spec
@@ -32,7 +32,7 @@ NAMES = {'explicit-start': 'explicit SFT', 'latent-start': 'initialisation',
          'exact': 'exact score (ours)', 'centred': 'centred score (ours)'}
 CURVES = ('reward', 'invalid', 'support', 'validation', 'kl')    # kept of every step's log
 
-# %% ../nbs/22_compare.ipynb #3cf3df40
+# %% ../nbs/22_compare.ipynb #62565a20
 def _finished(out: Path, cfg: Config, free: set = frozenset()):
     "Scores of a run that is already there, or None; other settings in the same folder are an error"
     same_run(out, cfg, free)
@@ -45,6 +45,7 @@ _UPDATE = {f.name for f in fields(Update)} | {
 def _start(cfg: Config, out: Path, explicit: Path | None = None):
     "Supervised start of one kind and its scores; kept when it is already there"
     if scores := _finished(out, cfg, _UPDATE): return scores
+    from latent_grpo.data import data_record
     begun = time.time()
     prepare(cfg, out, False, explicit and explicit/'init')
     minutes = dict(training=(time.time() - begun) / 60)
@@ -53,6 +54,7 @@ def _start(cfg: Config, out: Path, explicit: Path | None = None):
         minutes['training'] += first
     model, task, _ = load_policy(out/'init')
     scores = score_policy(model, task, cfg, reference=model) | dict(minutes=minutes)
+    scores['data'] = data_record(cfg, task.rows)
     scores['made'] = provenance([cfg.seed])
     (out/'scores.json').write_text(json.dumps(scores))
     return scores
@@ -212,7 +214,7 @@ def table_text(rows: list) -> str:
         lines.append(f"| {r['method']} | {cells} |")
     return '\n'.join(lines)
 
-# %% ../nbs/22_compare.ipynb #4ed8097d
+# %% ../nbs/22_compare.ipynb #6c258b38
 def compare(
     out: Path,             # folder: runs, results.json, figure.png and figure.svg
     preset: str = 'toy',
@@ -233,8 +235,10 @@ def compare(
     out.mkdir(parents=True, exist_ok=True)
     made = sorted({r['scores']['made']['commit'] for r in results})   # a kept run may be older
     for r in results: del r['scores']['made']
+    data = [r['scores'].pop('data', None) for r in results]
     record = dict(provenance(seeds) | dict(commit=', '.join(made)),
                   preset=preset, overrides=overrides, split=split,
+                  data=data[0] if all(d == data[0] for d in data) else data,
                   wall_minutes=(time.time() - begun) / 60)
     lines = ',\n'.join(map(json.dumps, results))                      # a line per run
     text = json.dumps(record, indent=1)[:-2] + f',\n "results": [\n{lines}\n]}}\n'

@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'METHODS', 'CHOICES', 'PROMPT', 'Config', 'parse_value', 'validate', 'make_config', 'sampling_of',
-           'train_tokenizer', 'chat_prompt', 'text_task', 'test_splits', 'problem_rows', 'build_task', 'device_of',
-           'build_model']
+           'train_tokenizer', 'chat_prompt', 'text_task', 'build_task', 'device_of', 'build_model']
 
-# %% ../nbs/18_presets.ipynb #120fe6ca
+# %% ../nbs/18_presets.ipynb #c641f6bb
 import ast, difflib, warnings
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -16,7 +15,7 @@ from .grading import check_gold, extract_answer, is_correct
 from .model import TinyLM, fresh_llama, pretrained
 from .noise import one_sided
 from .sampling import Sampling
-from .tasks import Task, chain_task, load_hub, load_rows, split_of
+from .tasks import Task, chain_task
 from .vanilla import Update
 
 # %% ../nbs/18_presets.ipynb #8074db5b
@@ -25,8 +24,8 @@ class Config(Update):
     "All settings of a run; the paper's fixes are off (see `METHODS`), sources in `PRESETS`"
     # --- task ---
     task: str = 'chains'        # chains | problems | wordproblems
-    train: str = ''             # problems: a .jsonl(.gz) file, or a hub dataset as name@split
-    tests: str = ''             # further files or datasets, comma-separated; a split each, its stem
+    train: str = ''             # problems: name@part, a .jsonl(.gz) file, a hub dataset; or several
+    tests: str = ''             # the same, for testing; a split each
     columns: str = ''           # hub columns, e.g. 'problem=question,answer=answer'
     drop: str = ''              # leave out training rows in which this field is true
     limit: int = 0              # training rows; 0: all
@@ -329,47 +328,7 @@ def text_task(
                 prompt_text=chat_prompt(tokenizer, cfg.prompt_style),
                 max_prompt=cfg.max_prompt, rate=cfg.rate, sharpness=cfg.sharpness)
 
-# %% ../nbs/18_presets.ipynb #dfbc3122
-def _read(source, cfg, limit=0):
-    if source.endswith(('.jsonl', '.jsonl.gz')): return load_rows(source, limit=limit)
-    name, _, split = source.partition('@')
-    columns = dict(pair.split('=') for pair in cfg.columns.split(',') if pair)
-    return load_hub(name, split or 'train', columns, limit)
-
-def test_splits(cfg: Config, sources: list) -> dict:
-    "One split per test file or hub dataset, named by its stem"
-    out = {}
-    for source in sources:
-        name = Path(source.partition('@')[0]).name.removesuffix('.gz').removesuffix('.jsonl')
-        if name in out or name in ('train', 'validation'):
-            raise ValueError(f'tests: {source} would be split {name!r}, which is taken; '
-                             'rename the file')
-        out[name] = _read(source, cfg, cfg.test_rows)
-    return out
-
-def _letters(row): return ''.join(c for c in row['problem'].lower() if c.isalnum())
-
-# %% ../nbs/18_presets.ipynb #92dc659b
-def problem_rows(cfg: Config) -> dict:
-    "Splits of a word-problem run: train, validation (a tenth, by hash), and one per test file"
-    rows = _read(cfg.train, cfg, cfg.limit)
-    if cfg.drop and not any(cfg.drop in r for r in rows):
-        warnings.warn(f'drop={cfg.drop!r}: no training row has this field; none was left out')
-    rows = [r for r in rows if not (cfg.drop and r.get(cfg.drop))]
-    tests = test_splits(cfg, [t for t in cfg.tests.split(',') if t])
-    for name, test in tests.items():
-        known = set(map(_letters, test))
-        clean = [r for r in rows if _letters(r) not in known]
-        if len(clean) < len(rows):
-            warnings.warn(f'{len(rows) - len(clean)} training problems also stand in {name} '
-                          'and are left out of training')
-        rows = clean
-    if not rows: raise ValueError(f'train={cfg.train!r}: every problem also stands in a test file')
-    held = [r for r in rows if split_of(r['problem']) == 'validation']
-    rows = [r for r in rows if split_of(r['problem']) != 'validation']
-    return dict(train=rows, validation=held[:cfg.test_rows or None]) | tests
-
-# %% ../nbs/18_presets.ipynb #05f3b25e
+# %% ../nbs/18_presets.ipynb #21dfd3ad
 def build_task(
     cfg: Config,
     tokenizer=None,    # of a saved run; default: trained on the training rows, or the model's own
@@ -388,8 +347,10 @@ def build_task(
         from latent_grpo.wordproblems import word_task
         return word_task(cfg, rows), None
     if rows is None and not cfg.train:
-        raise ValueError("train='': name a .jsonl file or a hub dataset (--data FILE)")
-    rows = problem_rows(cfg) if rows is None else rows
+        raise ValueError("train='': name a set, a .jsonl file or a dataset (--data gsm8k@train)")
+    if rows is None:
+        from latent_grpo.data import problem_rows
+        rows = problem_rows(cfg)
     if tokenizer is None and cfg.model == 'scratch':
         texts = (t for r in rows['train'] for t in (r['problem'], r['cot'] or '', r['answer']))
         tokenizer = train_tokenizer(texts, cfg.vocab_size)

@@ -106,16 +106,20 @@ def chain_rows(
             seen.add(row['problem'])
     raise ValueError(f'sizes={sizes}: not enough distinct problems modulo {modulus}; ask for fewer')
 
-# %% ../nbs/01_tasks.ipynb #c6c77371
+# %% ../nbs/01_tasks.ipynb #e5e48bc0
 FIELDS = ('problem', 'answer')
 
 def check_row(
     row,           # what one line held
     where: str,    # file and line, for the message
+    convert: Callable | None = None,   # first makes such a row of another one
 ) -> dict:         # the row, with `cot` and `id` filled in where missing
     "A row that has the fields every task needs, or a `ValueError` that names what is missing"
     if not isinstance(row, dict):
         raise ValueError(f'{where}: expected a JSON object, got {type(row).__name__}')
+    try: row = convert(row) if convert else row
+    except KeyError as e:
+        raise ValueError(f'{where}: no field {e}; fields found: {sorted(row)}') from None
     for f in FIELDS:
         if row.get(f) is None or not str(row[f]).strip():
             raise ValueError(f'{where}: field {f!r} is missing or empty; '
@@ -128,11 +132,12 @@ def _parse(line, where):
     except json.JSONDecodeError as e:
         raise ValueError(f'{where}: not valid JSON ({e.msg})') from None
 
-# %% ../nbs/01_tasks.ipynb #3d535900
+# %% ../nbs/01_tasks.ipynb #5c95def7
 def load_rows(
     path: str | Path,    # .jsonl or .jsonl.gz
     drop: str = '',      # leave out rows in which this field is true (e.g. 'in_aug_valid')
     limit: int = 0,      # keep only the first rows; 0 keeps all
+    convert: Callable | None = None,   # see `check_row`
 ) -> list:               # rows with problem, answer, cot (may be None), id
     "Rows of a problem file; bad input is a `ValueError` with the line number"
     path, rows = Path(path), []
@@ -141,7 +146,8 @@ def load_rows(
         with (gzip.open if path.suffix == '.gz' else open)(path, 'rt', encoding='utf-8') as f:
             for n, line in enumerate(f, 1):
                 if not line.strip(): continue
-                row = check_row(_parse(line, f'{path.name} line {n}'), f'{path.name} line {n}')
+                where = f'{path.name} line {n}'
+                row = check_row(_parse(line, where), where, convert)
                 if not (drop and row.get(drop)): rows.append(row)
                 if limit and len(rows) == limit: break
     except (UnicodeDecodeError, EOFError, OSError) as e:
@@ -150,24 +156,26 @@ def load_rows(
     if not rows: raise ValueError(f'{path.name}: no rows; expected one JSON object a line')
     return rows
 
-# %% ../nbs/01_tasks.ipynb #3706d465
+# %% ../nbs/01_tasks.ipynb #3aae530b
 def load_hub(
-    name: str,                    # dataset id on the Hugging Face hub
+    name: str, /,                 # dataset id on the Hugging Face hub
     split: str = 'train',
     columns: dict | None = None,  # our field -> the dataset's column, e.g. {'problem': 'question'}
     limit: int = 0,
+    convert: Callable | None = None,   # see `check_row`
+    **kwargs,                     # passed to `load_dataset`: name, revision, data_files
 ) -> list:                        # rows as from `load_rows`
     "Rows of a dataset on the hub; needs the `data` extra and a network"
     from datasets import load_dataset
-    data = load_dataset(name, split=split)
+    data = load_dataset(name, split=split, **kwargs)
     data = data.select(range(min(limit, len(data)))) if limit else data
     columns = columns or {}
     for ours, theirs in columns.items():
         if theirs not in data.column_names:
             raise ValueError(f'{name}: no column {theirs!r} for field {ours!r}; '
                              f'columns: {data.column_names}')
-    return [check_row({**r, **{o: r[t] for o, t in columns.items()}}, f'{name}[{split}] row {i}')
-            for i, r in enumerate(data)]
+    renamed = ({**r, **{o: r[t] for o, t in columns.items()}} for r in data)
+    return [check_row(r, f'{name}[{split}] row {i}', convert) for i, r in enumerate(renamed)]
 
 # %% ../nbs/01_tasks.ipynb #c7bdd1d6
 # Weight of the j-th content token in a group of n (ours): unequal, so that the order of the parts

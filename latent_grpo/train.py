@@ -20,7 +20,7 @@ from .diagnostics import diagnose
 from .evaluate import evaluate, rollout_metrics
 from .masking import masked_advantages, valid_rollouts
 from .presets import (Config, build_model, build_task, device_of, parse_value,
-                                 sampling_of, test_splits, validate)
+                                 sampling_of, validate)
 from .rollout import Rollout, generate, join, select_groups
 from .runs import (RunLog, interruptible, load_checkpoint, main_process, provenance,
                               save_checkpoint, write_folder)
@@ -195,13 +195,14 @@ def save_policy(path: Path, model, cfg: Config, tokenizer=None):
         if tokenizer is not None: tokenizer.save_pretrained(folder)
     if main_process(): write_folder(path, write)
 
-# %% ../nbs/20_train.ipynb #18ab5b73
+# %% ../nbs/20_train.ipynb #90400781
 def load_policy(
     path: Path,
     files: list = (),  # problem files or hub datasets to load instead of the run's own rows
     **overrides,       # settings that differ from the saved ones
 ) -> tuple:            # model, task, configuration
     "Model and task of a saved policy"
+    from latent_grpo.data import test_splits
     path = Path(path)
     if not (path/SETTINGS).exists():
         raise FileNotFoundError(f'{path}: no saved policy ({SETTINGS}) in this folder')
@@ -324,7 +325,7 @@ def save_best(out: Path, model, cfg: Config, tokenizer=None):
     if best == cfg.steps: return
     if load_checkpoint(out, model, step=best): save_policy(out/'best', model, cfg, tokenizer)
 
-# %% ../nbs/20_train.ipynb #1d947dda
+# %% ../nbs/20_train.ipynb #5d163375
 def run(
     cfg: Config,
     out: Path,                  # folder of the run
@@ -333,6 +334,7 @@ def run(
     bar: bool = True,
 ) -> dict:                      # scores per split; also in out/scores.json
     "Supervised start, reinforcement learning and evaluation of one configuration"
+    from latent_grpo.data import data_record
     out, start = Path(out), time.time()
     _full_precision(getattr(torch, cfg.dtype), cfg)     # before anything is loaded
     if not resume and any((out/name).exists() for name in ('init', 'log.jsonl', 'policy')):
@@ -347,6 +349,7 @@ def run(
     scores = score_policy(model, task, cfg, reference=reference)
     scores['minutes'] = dict(start=(prepared - start) / 60, training=(trained - prepared) / 60,
                              evaluation=(time.time() - trained) / 60)
+    scores['data'] = data_record(cfg, task.rows)
     scores['made'] = provenance([cfg.seed])
     (out/'scores.json').write_text(json.dumps(scores, indent=1))
     save_best(out, model, cfg, tokenizer)

@@ -12,7 +12,8 @@ from helpers import config, tiny, word_task
 from latent_grpo.cli import main
 from latent_grpo.grading import check_gold, is_correct
 from latent_grpo.grpo import group_advantages
-from latent_grpo.presets import PRESETS, make_config, problem_rows, text_task, train_tokenizer
+from latent_grpo.data import problem_rows
+from latent_grpo.presets import PRESETS, make_config, text_task, train_tokenizer
 from latent_grpo.runs import load_checkpoint
 from latent_grpo.sampling import Sampling
 from latent_grpo.sft import train_sft

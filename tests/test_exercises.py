@@ -44,6 +44,8 @@ WRONG = {
     "23_released": ["10", "lambda p, kept, word: math.log(p[word])",
                     "lambda A, liking, valid: A * valid * first_step_mask((A * valid)[None], "
                     "(A > 0)[None], liking[None], 'released')[0]"],
+    "26_data": ["lambda p, c, n: p", "lambda text: re.sub(r'\\d', '', text)",
+                "lambda rows: str(sum(int(digest([r]), 16) for r in set(map(tuple, rows))))"],
     "24_explore": [".9", "('11000000', '11000000')", "lambda own: own / 2"],
 }
 

@@ -28,18 +28,19 @@ ALLOWED = {
     "noise": {"sampling"},
     "selection": set(),
     "evaluate": {"latent", "rollout", "sampling"},
-    "presets": {"grading", "model", "noise", "sampling", "tasks", "vanilla",
+    "presets": {"data", "grading", "model", "noise", "sampling", "tasks", "vanilla",
                 "wordproblems"},
     "runs": set(),
     "diagnostics": {"grpo", "latent", "rollout", "sampling"},
-    "train": {"diagnostics", "evaluate", "masking", "presets", "rollout", "runs",
+    "train": {"data", "diagnostics", "evaluate", "masking", "presets", "rollout", "runs",
               "selection", "sft", "vanilla"},
     "plots": set(),
-    "compare": {"evaluate", "plots", "presets", "runs", "sampling", "train", "vanilla"},
+    "compare": {"data", "evaluate", "plots", "presets", "runs", "sampling", "train", "vanilla"},
     "explore": {"diagnostics", "evaluate", "masking", "noise", "plots", "sampling"},
-    "cli": {"benchmarks", "compare", "labels", "presets", "runs", "train"},
+    "cli": {"benchmarks", "compare", "data", "labels", "presets", "runs", "train"},
+    "data": {"grading", "tasks"},
     "labels": {"latent", "presets", "runs", "sft", "train"},
-    "benchmarks": {"evaluate", "presets", "runs", "sampling", "train"},
+    "benchmarks": {"data", "evaluate", "presets", "runs", "sampling", "train"},
     "wordproblems": {"tasks"},
 }
 
@@ -47,6 +48,8 @@ ALLOWED = {
 LATE = {("cli", "benchmarks"): "the command line is older than the benchmarks that it starts",
         ("cli", "labels"): "and than the labels that it has written",
         ("presets", "wordproblems"): "real word problems are one of the tasks that it builds"}
+LATE |= {(earlier, "data"): "runs name, check and hash their problems; lesson 26 says which and why"
+         for earlier in ("presets", "train", "compare", "cli")}
 
 PROBE = """
 import importlib, json, random, sys
