@@ -140,7 +140,7 @@ PRESETS = {
         rate=(2, 'paper: r = 2'), max_prompt=(256, 'ours: holds every problem'),
         max_steps=(48, 'ours: an explicit chain needs up to 40'),
         test_rows=(0, 'ours: all'),
-        explicit_sft=(3000, _TOY), latent_sft=(900, _TOY), sft_batch=(24, _TOY),
+        explicit_sft=(3000, _TOY), latent_sft=(1800, _TOY), sft_batch=(24, _TOY),
         sft_lr=(2e-3, _TOY), label_noise=(0.5, 'ours; the paper has 1'),
         noise_scale=(0.5, 'ours; the paper has 1'), top_k=(6, _TOY),
         temperature=(1.0, _TOY), text_top_p=(1.0, _TOY), text_top_k=(0, _TOY),
