@@ -146,7 +146,7 @@ PRESETS = {
         temperature=(1.0, _TOY), text_top_p=(1.0, _TOY), text_top_k=(0, _TOY),
         prompts=(48, _TOY), max_extra=(0, _TOY), minibatches=(1, _TOY),
         lr=(3e-5, _TOY), weight_decay=(0.0, _TOY), steps=(40, _TOY),
-        eval_samples=(4, _TOY)),
+        eval_samples=(2, _TOY)),
     'paper-low': dict(
         task=('problems', _PAPER),  # GSM8K-Aug, 301,852 rows: name your copy with --data
         model=('DJCheng/LLaMA3.2-1B-Instruct-Latent-SFT-Top10', 'released weights'),

@@ -159,7 +159,7 @@ def _assemble(record, prompt_ids, prompt_mask, ended, rows, seed) -> Rollout:
     return Rollout(prompt_ids, prompt_mask, ended=ended, rows=rows, seed=seed, **out)
 
 # %% ../nbs/06_rollout.ipynb #7b7149e2
-LONG = 24    # tokens; a longer prompt is read once for its group, where the cache has gradients
+LONG = 24    # tokens: a longer prompt is read once for its group, if gradients pass the cache
 
 def replay_states(
     model, r: Rollout, sampling: Sampling,
@@ -172,7 +172,7 @@ def replay_states(
     steps = step_inputs(embed, flat(r.ids), flat(r.scores), flat(r.kind), per_step)
     steps = steps.view(N, T - 1, embed.shape[1])
     mask = torch.cat([r.prompt_mask.repeat_interleave(G, 0), r.response_mask[:, :-1]], 1)
-    if G > 1 and P > LONG and getattr(model, 'grad_cache', False):    # read it once a group
+    if min(G, T) > 1 and P > LONG and getattr(model, 'grad_cache', False):   # read once a group
         first, cache = model.hidden(embed[r.prompt_ids], r.prompt_mask, use_cache=True)
         cache.batch_repeat_interleave(G)
         rest = model.hidden(steps, mask, cache)[0]
