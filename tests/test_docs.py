@@ -11,6 +11,7 @@ import torch
 from helpers import config, started, tiny, word_task
 from latent_grpo.compare import COLUMNS, table_rows
 from latent_grpo.evaluate import evaluate
+from latent_grpo.labels import sft
 from latent_grpo.presets import sampling_of
 from latent_grpo.train import run, score_policy, train_rl
 
@@ -65,6 +66,15 @@ def test_every_key_of_a_run(tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "sft-latent.jsonl").read_text().splitlines()]
     assert rows and set(rows[0]) == keys("sft-explicit.jsonl, sft-latent.jsonl")
     assert {*scores["minutes"], *scores["made"], "minutes", "made"} <= names(GLOSSARY)
+
+
+def test_every_key_of_the_steps_that_learn_labels(tmp_path):
+    cfg = config(label_steps=(1, 1, 1), train_rows=200, test_rows=4, sft_batch=4, top_k=4, explicit_sft=1)
+    files = keys("sft-encoder.jsonl, sft-decoder.jsonl, sft-joint.jsonl")
+    for step in ("encoder", "decoder", "joint"):
+        sft(cfg, tmp_path, step, bar=False)
+        rows = (tmp_path / f"sft-{step}.jsonl").read_text().splitlines()
+        assert rows and all(set(json.loads(row)) == files for row in rows)
 
 
 def test_every_key_of_a_comparison():

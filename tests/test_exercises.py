@@ -46,6 +46,8 @@ WRONG = {
                     "(A > 0)[None], liking[None], 'released')[0]"],
     "26_data": ["lambda p, c, n: p", "lambda text: re.sub(r'\\d', '', text)",
                 "lambda rows: str(sum(int(digest([r]), 16) for r in set(map(tuple, rows))))"],
+    "27_labels": ["lambda q, n, t, r: (q + n + n // r, q + n + n // r + t)", "'abc'",
+                  "lambda n, r: n * (n - 1) // 2"],
     "24_explore": [".9", "('11000000', '11000000')", "lambda own: own / 2"],
 }
 
