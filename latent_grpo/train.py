@@ -11,7 +11,6 @@ __all__ = ['ARCHITECTURE', 'SETTINGS', 'FREE', 'draw_groups', 'valid_of', 'step_
 from dataclasses import replace
 from pathlib import Path
 import copy, json, time
-from dataclasses import replace
 import torch
 from safetensors.torch import load_model, save_model
 from torch import Tensor
