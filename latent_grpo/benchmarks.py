@@ -7,7 +7,7 @@ __all__ = ['CONTROLS', 'PROTOCOLS', 'PAPER', 'removed', 'argmax', 'shuffled', 's
            'share_interval', 'score', 'open_policy', 'rollouts_that_fit', 'rows_hash', 'run_protocol', 'beside_paper',
            'paper_table', 'control_table', 'pass_table', 'benchmark']
 
-# %% ../nbs/29_benchmarks.ipynb #e06d2012
+# %% ../nbs/29_benchmarks.ipynb #e65b2121
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from .data import test_splits
 from .presets import build_model, build_task, device_of, make_config, sampling_of
 from .runs import provenance
 from .sampling import END, LATENT, TEXT, noise_keys
-from .train import load_policy, same_run
+from .train import SETTINGS, load_policy, same_run
 
 # %% ../nbs/29_benchmarks.ipynb #aa09a2c3
 def removed(draw, places, task):
@@ -197,7 +197,7 @@ def score(items: list, samples: int) -> dict:   # intervals, shares, and right a
                 unparsed=float(np.mean([x['ended'] and x['answer'] is None for x in items])),
                 counts=counts.tolist())
 
-# %% ../nbs/29_benchmarks.ipynb #3f4692bb
+# %% ../nbs/29_benchmarks.ipynb #5debceb9
 def open_policy(
     policy: str,              # folder written by train, or transformers folder or hub id
     protocol: Protocol,
@@ -206,14 +206,14 @@ def open_policy(
 ) -> tuple:                   # model, task, configuration, {benchmark: rows}
     "A policy and the problems to ask it"
     sources = list(sources) or list(protocol.sets)
-    names, files, own = [n for n, _ in sources], [f for _, f in sources], Path(policy)/'config.json'
+    names, files = [n for n, _ in sources], [f for _, f in sources]
     if files: overrides = dict(test_rows=0) | overrides
-    if own.exists() and 'prompt_style' in json.loads(own.read_text('utf-8')):
+    if (Path(policy)/SETTINGS).exists():
         model, task, cfg = load_policy(Path(policy), files, **overrides)
     elif not files: raise ValueError(f'{policy}: not a folder written by train; name problems '
                                      'with --data, or another --protocol')
     else:
-        cfg = make_config(protocol.preset, model=policy, **overrides)
+        cfg = make_config(protocol.preset, model=str(policy), **overrides)
         task, _ = build_task(cfg, rows=test_splits(cfg, files))
         model = build_model(cfg, task).eval().to(device_of(cfg))
     if files: return model, task, cfg, dict(zip(names, task.rows.values(), strict=True))
