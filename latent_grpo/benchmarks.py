@@ -4,21 +4,21 @@
 
 # %% auto #0
 __all__ = ['CONTROLS', 'PROTOCOLS', 'PAPER', 'removed', 'argmax', 'shuffled', 'swapped', 'Protocol', 'make_protocol', 'answers',
-           'share_interval', 'score', 'open_policy', 'rollouts_that_fit', 'rows_hash', 'run_protocol', 'beside_paper',
-           'paper_table', 'control_table', 'pass_table', 'benchmark']
+           'share_interval', 'score', 'open_policy', 'rollouts_that_fit', 'run_protocol', 'beside_paper', 'paper_table',
+           'control_table', 'pass_table', 'benchmark']
 
-# %% ../nbs/29_benchmarks.ipynb #e65b2121
+# %% ../nbs/29_benchmarks.ipynb #632c40a4
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-import hashlib, json
+import json
 import numpy as np
 import torch
 from tqdm.auto import tqdm
 from .evaluate import (Interval, benchmark_mean, bootstrap_interval, pass_at_k,
                                   rollout_metrics, rollouts, seed_interval, wilson_interval)
-from .data import test_splits
+from .data import digest, test_splits
 from .presets import build_model, build_task, device_of, make_config, sampling_of
 from .runs import provenance
 from .sampling import END, LATENT, TEXT, noise_keys
@@ -220,7 +220,7 @@ def open_policy(
     tests = [s for s in task.rows if s not in ('train', 'validation')] or ['validation']
     return model, task, cfg, {s: task.rows[s] for s in tests}
 
-# %% ../nbs/29_benchmarks.ipynb #7808b08c
+# %% ../nbs/29_benchmarks.ipynb #aa3318a0
 def rollouts_that_fit(
     model,
     tokens: int,               # longest prompt and response together
@@ -235,11 +235,6 @@ def rollouts_that_fit(
     cuda = model.embed.device.type == 'cuda'
     memory = memory or (torch.cuda.mem_get_info()[0] if cuda else 4 << 30)
     return max(1, int(.6 * memory / (cache + 40 * V)))     # logits: float32, sorted, with ids
-
-def rows_hash(rows: list) -> str:
-    "sha256 of ids, problems and answers: two evaluations with the same hash asked the same"
-    lines = (json.dumps([r['id'], r['problem'], r['answer']]) for r in rows)
-    return hashlib.sha256('\n'.join(lines).encode()).hexdigest()
 
 # %% ../nbs/29_benchmarks.ipynb #f0c4d577
 def _sampler(cfg, task, protocol, noise):
@@ -367,7 +362,7 @@ def pass_table(results: list) -> str:
              *map(_show, r['pass_at'].values())] for r in found]
     return _grid(['set', 'noise', 'n', *(f'pass@{k}' for k in found[0]['pass_at'])], rows)
 
-# %% ../nbs/29_benchmarks.ipynb #8118e734
+# %% ../nbs/29_benchmarks.ipynb #fa4b8fa4
 def benchmark(
     policy: str, protocol: Protocol,
     sources: list = (), controls: tuple = (), out: Path | None = None, limit: int = 0,
@@ -376,7 +371,9 @@ def benchmark(
     "Open a policy, ask it, and write answers, results.json and table.md"
     model, task, cfg, sets = open_policy(policy, protocol, sources, **overrides)
     sets = {name: rows[:limit or None] for name, rows in sets.items()}
-    data = {n: dict(problems=len(rows), sha256=rows_hash(rows)) for n, rows in sets.items()}
+    named = dict(sources or protocol.sets)
+    data = {n: dict(source=Path(named.get(n, 'generated')).name, problems=len(rows),
+                    sha256=digest(rows)) for n, rows in sets.items()}
     record = dict(policy=str(policy), protocol=asdict(protocol), data=data, overrides=overrides,
                   seed=seed)
     if out: same_run(Path(out), SimpleNamespace(**record))
