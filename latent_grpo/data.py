@@ -344,7 +344,7 @@ def test_splits(cfg, sources: list) -> dict:     # split -> rows
         out[name] = load_source(source, cfg.columns, cfg.test_rows)
     return out
 
-# %% ../nbs/26_data.ipynb #185fe87d
+# %% ../nbs/26_data.ipynb #593fd255
 def problem_rows(cfg) -> dict:   # of a `Config`: split -> rows
     "Splits of a word-problem run: train, validation (a tenth, by hash), and one per test file"
     rows = [r for s in cfg.train.split(',') for r in load_source(s, cfg.columns, cfg.limit)]
@@ -374,10 +374,10 @@ def data_record(
 ) -> dict:                # split -> source (files without their folder), rows, sha256
     "Which rows a result was measured on"
     short = lambda source: Path(source).name if source.endswith(('.jsonl', '.gz')) else source
-    train = ','.join(map(short, cfg.train.split(','))) or 'generated'
+    train = ','.join(map(short, cfg.train.split(','))) or cfg.task      # 'chains': generated
     named = {split_name(t): short(t) for t in tests or cfg.tests.split(',')}
     sources = dict(train=train, validation=train) | named
-    return {split: dict(source=sources.get(split, 'generated'), rows=len(r), sha256=digest(r))
+    return {split: dict(source=sources.get(split, cfg.task), rows=len(r), sha256=digest(r))
             for split, r in rows.items()}
 
 # %% ../nbs/26_data.ipynb #8ec9c642

@@ -108,6 +108,8 @@ def test_compare_prints_a_row_per_method_and_saves_a_figure(tmp_path):
     assert table[2:] == ["explicit SFT", "initialisation", "explicit GRPO", "exact score (ours)"]
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["seeds"] == [0, 1] and len(results["results"]) == 8
+    assert {s: len(d["sha256"]) for s, d in results["data"].items()} == dict.fromkeys(
+        ("train", "validation", "test"), 64)                      # the same for all runs: once
     assert (tmp_path / "figure.png").stat().st_size > 5_000
 
 
