@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['ARCHITECTURE', 'SETTINGS', 'FREE', 'draw_groups', 'valid_of', 'step_advantages', 'make_optimizer', 'train_step',
            'train_rl', 'validation', 'save_policy', 'load_policy', 'supervised_start', 'failure_metrics',
-           'score_policy', 'prepare', 'same_run', 'begin', 'save_best', 'run']
+           'score_policy', 'prepare', 'same_run', 'processes', 'begin', 'save_best', 'run']
 
 # %% ../nbs/20_train.ipynb #6a3af5d3
 from dataclasses import replace
 from pathlib import Path
-import copy, json, time
+import copy, json, os, time
 import torch
 from safetensors.torch import load_model, save_model
 from torch import Tensor
@@ -25,24 +25,27 @@ from .runs import (RunLog, interruptible, load_checkpoint, main_process, provena
                               save_checkpoint, write_folder)
 from .selection import beginning_logps, first_step_mask
 from .sft import train_sft, with_labels
-from .vanilla import training_row, update
+from .vanilla import ALONE, training_row, update
 
-# %% ../nbs/20_train.ipynb #455278ef
+# %% ../nbs/20_train.ipynb #c4a53d25
 def draw_groups(
     model, task, cfg: Config,
     position: int,         # in the stream of training rows
+    ranks=ALONE,           # processes, each of which draws for its share of the prompts
 ) -> tuple:                # rollout of the kept groups or None, rewards [B, G], position, metrics
     "Rollouts of groups whose rewards differ; at most `max_extra` further draws to find enough"
     sampling, G = sampling_of(cfg, task.end_latent_ids[0]), cfg.group_size
     kept, kept_rewards, drawn, wanted = [], [], [], cfg.groups
     for _ in range(1 + cfg.max_extra):
-        stream = range(position, position + cfg.prompts)
-        rows = [training_row(task.rows['train'], p, cfg.seed) for p in stream]
-        numbers = (position + torch.arange(cfg.prompts)[:, None]) * G + torch.arange(G)
+        mine = position + torch.arange(cfg.prompts).tensor_split(ranks.world)[ranks.rank]
+        rows = [training_row(task.rows['train'], p, cfg.seed) for p in mine.tolist()]
+        numbers = mine[:, None] * G + torch.arange(G)
         r = generate(model, [task.prompt(x) for x in rows], sampling, task.end_latent_ids,
                      task.eos_id, G, cfg.max_steps, cfg.latent, cfg.seed, numbers.flatten())
         position += cfg.prompts
-        metrics = rollout_metrics(r, task, rows, sampling)
+        parts = ranks.gather((r, rollout_metrics(r, task, rows, sampling)))
+        r = join([r for r, _ in parts])
+        metrics = {k: sum((m[k] for _, m in parts), []) for k in parts[0][1]}
         rewards = torch.tensor(metrics['correct']).view(-1, G)
         valid = valid_of(r, cfg)
         differ = masked_advantages(rewards.to(valid.device), valid, cfg.masking).abs().sum(1) > 0
@@ -94,19 +97,20 @@ def make_optimizer(model, cfg: Config):
     params = [p for p in model.parameters() if p.requires_grad]
     return torch.optim.AdamW(params, lr=cfg.lr, weight_decay=cfg.weight_decay)
 
-# %% ../nbs/20_train.ipynb #bc96e41a
-def train_step(model, opt, task, cfg: Config, state: dict, reference=None) -> dict:
+# %% ../nbs/20_train.ipynb #76bad0d2
+def train_step(model, opt, task, cfg: Config, state: dict, reference=None, ranks=ALONE) -> dict:
     "Draw, update, report; `state` counts on"
     start, sampling = time.time(), sampling_of(cfg, task.end_latent_ids[0])
     model.eval()
-    r, rewards, state['position'], metrics = draw_groups(model, task, cfg, state['position'])
+    found = draw_groups(ranks.whole(model), task, cfg, state['position'], ranks)
+    r, rewards, state['position'], metrics = found
     drawn = time.time()
     metrics['groups'] = 0 if r is None else len(rewards)     # 0: all were equal, nothing to learn
     if r is not None:
         A = step_advantages(r, rewards, cfg)
-        metrics |= update(model, opt, r, A, cfg, sampling, reference)
+        metrics |= update(model, opt, r, A, cfg, sampling, reference, ranks)
     gap = metrics.get('first_ratio_gap', 0)
-    if gap > 0.05 and model.embed.dtype == torch.float32:
+    if gap > 0.05 and cfg.compute == 'float32':
         raise RuntimeError(f'replay: ratio before the first update is off by {gap:.3g}; '
                            'sampler and trainer disagree')
     state['step'] += 1
@@ -132,7 +136,7 @@ def _full_precision(dtype, cfg):
         raise ValueError(f'dtype={dtype}: a step of lr={cfg.lr} is lost in the rounding of such '
                          'weights; train with dtype=float32')
 
-# %% ../nbs/20_train.ipynb #d3127bd5
+# %% ../nbs/20_train.ipynb #02c120d9
 def train_rl(
     model,                     # trained in place
     task, cfg: Config,
@@ -140,6 +144,7 @@ def train_rl(
     resume: bool = False,      # go on from the newest checkpoint in `out`
     bar: bool = True,
     reference=None,            # the initial policy; default: a copy, where one is needed
+    ranks=ALONE,               # the processes of the run (lesson 28)
 ) -> list:                     # one dict of metrics per step
     "Group relative policy optimisation of one configuration"
     _full_precision(model.embed.dtype, cfg)
@@ -148,21 +153,28 @@ def train_rl(
                          'or name another folder')
     for row in task.rows['train']: task.check(row)      # a bad row is refused now, not hours later
     if reference is None and (cfg.kl_coef or cfg.eval_every):
-        reference = copy.deepcopy(model).requires_grad_(False)
+        reference = ranks.place(copy.deepcopy(model))
+    model = ranks.shard(model)
     opt, state = make_optimizer(model, cfg), dict(step=0, position=0)
     if resume and out: state = load_checkpoint(out, model, opt) or state
+    if len({s['step'] for s in ranks.gather(state)}) > 1:
+        raise ValueError(f'out={out}: the processes find different checkpoints in it; put it on '
+                         'a disk that all machines share')
     log = RunLog(Path(out)/'log.jsonl' if out else None, state['step'], cfg.tracker)
-    progress = tqdm(total=cfg.steps, initial=state['step'], disable=not bar,
+    progress = tqdm(total=cfg.steps, initial=state['step'], disable=not (bar and main_process()),
                     desc='latent' if cfg.latent else 'explicit')
+    stop = False
     with interruptible() as stopped:
-        while state['step'] < cfg.steps and not stopped():
-            row = train_step(model, opt, task, cfg, state, reference)
-            if _due(state['step'], cfg.eval_every): row |= validation(model, task, cfg, reference)
+        while state['step'] < cfg.steps and not stop:
+            row = train_step(model, opt, task, cfg, state, reference, ranks)
+            if _due(state['step'], cfg.eval_every):
+                row |= validation(ranks.whole(model), task, cfg, reference)
             if best := row.get('validation', -1) > state.get('best', -1):
                 state |= dict(best=row['validation'], best_step=state['step'])
             log(**row)
             _show(progress, row)
-            last = state['step'] == cfg.steps or stopped() or state['skipped'] > 5
+            stop = any(ranks.gather(stopped() or state['skipped'] > 5))
+            last = state['step'] == cfg.steps or stop
             if out and (last or best or _due(state['step'], cfg.save_every)):
                 save_checkpoint(out, model, opt, state)
             if state['skipped'] > 5:
@@ -198,6 +210,7 @@ def save_policy(path: Path, model, cfg: Config, tokenizer=None):
 def load_policy(
     path: Path,
     files: list = (),  # problem files or hub datasets to load instead of the run's own rows
+    where: str = '',   # device; default: the one of the settings
     **overrides,       # settings that differ from the saved ones
 ) -> tuple:            # model, task, configuration
     "Model and task of a saved policy"
@@ -215,7 +228,7 @@ def load_policy(
     pretrained = (path/'config.json').exists()
     model = build_model(replace(cfg, model=str(path)) if pretrained else cfg, task)
     if not pretrained: load_model(model, str(path/'model.safetensors'))
-    return model.eval().to(device_of(cfg)), task, cfg
+    return model.eval().to(where or device_of(cfg)), task, cfg
 
 # %% ../nbs/20_train.ipynb #799d4dd9
 def _tokenizer(path):
@@ -304,17 +317,24 @@ def same_run(
             raise ValueError(f'{out}: holds a run with {k}={saved.get(k)!r}, not {wanted[k]!r}; '
                              'name another --out')
 
-# %% ../nbs/20_train.ipynb #8e2943a6
-def begin(cfg: Config, out: Path, init: Path | None = None, bar: bool = True) -> tuple:
+# %% ../nbs/20_train.ipynb #a4f2f955
+def processes(cfg: Config):
+    "`ALONE`, or the processes that `accelerate launch` started; mixed precision needs shards too"
+    if cfg.compute == 'float32' and int(os.environ.get('WORLD_SIZE', 1)) == 1: return ALONE
+    from latent_grpo.distributed import Ranks
+    return Ranks(cfg)
+
+def begin(cfg: Config, out: Path, init: Path | None = None, bar: bool = True, ranks=ALONE):
     "Model, task, configuration and tokenizer where reinforcement learning starts (see `run`)"
-    known = init or (out/'init').exists()
-    if not known and cfg.model not in ('tiny', 'scratch') and not _supervised(cfg):
+    where = device_of(cfg) if ranks is ALONE else 'cpu'     # `Ranks` moves its shards itself
+    if not init and cfg.model not in ('tiny', 'scratch') and not _supervised(cfg):
         task, tokenizer = build_task(cfg)           # a model that has learnt to think elsewhere
-        return build_model(cfg, task).to(device_of(cfg)), task, cfg, tokenizer
-    if not known: prepare(cfg, out, bar)
+        return build_model(cfg, task).to(where), task, cfg, tokenizer
+    if not init and not (out/'init').exists() and main_process(): prepare(cfg, out, bar)
+    ranks.gather('the start is there')
     init = Path(init) if init else out/'init'
     settings = {k: v for k, v in vars(cfg).items() if k not in ARCHITECTURE}
-    return *load_policy(init, **settings), _tokenizer(init)
+    return *load_policy(init, where=where, **settings), _tokenizer(init)
 
 # %% ../nbs/20_train.ipynb #6a2e3daa
 def save_best(out: Path, model, cfg: Config, tokenizer=None):
@@ -338,18 +358,20 @@ def run(
     _full_precision(getattr(torch, cfg.dtype), cfg)     # before anything is loaded
     if not resume and any((out/name).exists() for name in ('init', 'log.jsonl', 'policy')):
         raise ValueError(f'out={out}: holds a run already; go on with --resume, or name another')
-    same_run(out, cfg, FREE)
-    model, task, cfg, tokenizer = begin(cfg, out, init, bar)
-    reference, prepared = copy.deepcopy(model), time.time()
-    steps = train_rl(model, task, cfg, out, resume, bar, reference)
+    ranks = processes(cfg)
+    if main_process(): same_run(out, cfg, FREE)
+    model, task, cfg, tokenizer = begin(cfg, out, init, bar, ranks)
+    reference, prepared = ranks.place(copy.deepcopy(model)), time.time()
+    steps = train_rl(model, task, cfg, out, resume, bar, reference, ranks)
     if steps and steps[-1]['step'] < cfg.steps: raise KeyboardInterrupt
-    trained = time.time()
+    trained, model = time.time(), ranks.whole(model)
     save_policy(out/'policy', model, cfg, tokenizer)
     scores = score_policy(model, task, cfg, reference=reference)
     scores['minutes'] = dict(start=(prepared - start) / 60, training=(trained - prepared) / 60,
                              evaluation=(time.time() - trained) / 60)
     scores['data'] = data_record(cfg, task.rows)
     scores['made'] = provenance([cfg.seed])
-    (out/'scores.json').write_text(json.dumps(scores, indent=1))
-    save_best(out, model, cfg, tokenizer)
+    if main_process():
+        (out/'scores.json').write_text(json.dumps(scores, indent=1))
+        save_best(out, model, cfg, tokenizer)
     return scores

@@ -32,22 +32,25 @@ ALLOWED = {
                 "wordproblems"},
     "runs": set(),
     "diagnostics": {"grpo", "latent", "rollout", "sampling"},
-    "train": {"data", "diagnostics", "evaluate", "masking", "presets", "rollout", "runs",
+    "train": {"data", "diagnostics", "distributed", "evaluate", "masking", "presets", "rollout", "runs",
               "selection", "sft", "vanilla"},
     "plots": set(),
     "compare": {"data", "evaluate", "plots", "presets", "runs", "sampling", "train", "vanilla"},
     "explore": {"diagnostics", "evaluate", "masking", "noise", "plots", "sampling"},
-    "cli": {"benchmarks", "compare", "data", "labels", "presets", "runs", "train"},
+    "cli": {"benchmarks", "compare", "data", "distributed", "labels", "presets", "runs", "train"},
     "data": {"grading", "tasks"},
     "labels": {"latent", "presets", "runs", "sft", "train"},
     "benchmarks": {"data", "evaluate", "presets", "runs", "sampling", "train"},
     "wordproblems": {"tasks"},
+    "distributed": {"data", "model", "presets", "vanilla"},
 }
 
 # Edges to a later notebook: the import stands inside a function. (importer, imported): why
 LATE = {("cli", "benchmarks"): "the command line is older than the benchmarks that it starts",
         ("cli", "labels"): "and than the labels that it has written",
         ("presets", "wordproblems"): "real word problems are one of the tasks that it builds"}
+LATE |= {("train", "distributed"): "the loop of one process is older than several",
+         ("cli", "distributed"): "a run says its plan first"}
 LATE |= {(earlier, "data"): "runs name, check and hash their problems; lesson 26 says which and why"
          for earlier in ("presets", "train", "compare", "cli")}
 
