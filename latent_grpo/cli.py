@@ -5,20 +5,21 @@
 # %% auto #0
 __all__ = ['EXAMPLES', 'parser', 'show_scores', 'show_sets', 'show_survey', 'main']
 
-# %% ../nbs/25_cli.ipynb #f14dfe76
+# %% ../nbs/25_cli.ipynb #ba432b77
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
-import argparse, json, sys
+import argparse, json, os, sys
 from . import __version__
 from .presets import METHODS, PRESETS, Config, parse_value
 
-# %% ../nbs/25_cli.ipynb #564b29cf
+# %% ../nbs/25_cli.ipynb #e509e5db
 EXAMPLES = '''examples:
   latent-grpo demo
   latent-grpo train --preset toy --method exact --seed 3 --out runs/exact
   latent-grpo train --preset toy --method paper --set selection=off --set lr=3e-5
   latent-grpo train --preset gsm8k-tiny --data gsm8k_train.jsonl --out runs/gsm8k
+  latent-grpo train --preset paper-low --method paper --data gsm8k_aug.jsonl --plan
   latent-grpo sft --preset toy --out runs/sft
   latent-grpo eval --policy runs/gsm8k/policy --data multiarith.jsonl
   latent-grpo eval --policy runs/low/policy --protocol paper-low --out runs/low/eval
@@ -60,7 +61,7 @@ def _command(commands, name, text, out):
     p.add_argument('--quiet', action='store_true', help='no progress bars')
     return p
 
-# %% ../nbs/25_cli.ipynb #7c6da761
+# %% ../nbs/25_cli.ipynb #3ffaad98
 def _train_options(add):
     "One run"
     p = add('train', 'one run: supervised start, reinforcement learning, evaluation', 'runs/latest')
@@ -75,6 +76,8 @@ def _train_options(add):
     p.add_argument('--init', help='saved policy to start from, instead of the supervised start')
     p.add_argument('--resume', action='store_true',
                    help='go on from the newest checkpoint in --out')
+    p.add_argument('--plan', action='store_true',
+                   help='say what would run, in how much memory and disk, and stop')
 
 # %% ../nbs/25_cli.ipynb #67cfbcad
 def _sft_options(add):
@@ -211,17 +214,24 @@ def show_survey(
             print(f'{train} against {test}:')
             show(tests[test])
 
-# %% ../nbs/25_cli.ipynb #15d20179
+# %% ../nbs/25_cli.ipynb #b71870ec
 def _files(args):
     "Settings that name training and test files"
     return {k: v for k, v in dict(train=args.data, tests=','.join(args.test)).items() if v}
 
 def _train(args):
+    from latent_grpo.distributed import plan
     from latent_grpo.presets import make_config
     from latent_grpo.train import run
     settings = dict(seed=args.seed) | _files(args) | _settings(args.set)
     cfg = make_config(args.preset, args.method, **settings)
+    first = os.environ.get('RANK', '0') == '0'      # of the processes that accelerate started
+    if first:
+        text = plan(cfg, Path(args.out), args.init)
+        if args.plan or not args.quiet: print(text, flush=True)
+    if args.plan: return
     scores = run(cfg, Path(args.out), args.init, args.resume, not args.quiet)
+    if not first: return
     show_scores(scores)
     print(f"policy, log and scores are in {args.out}")
 

@@ -67,14 +67,14 @@ class TableLM(LatentModule):
         return embeds, (NoCache() if use_cache else None)
     def head(self, hidden): return hidden @ self.table
 
-# %% ../nbs/03_model.ipynb #d604f7fc
+# %% ../nbs/03_model.ipynb #80195662
 def rotate(
     x: Tensor,      # [N, heads, T, d]
     angle: Tensor,  # [N, 1, T, d / 2]
 ) -> Tensor:
     "Rotary position embedding: turn each pair of channels by its angle"
-    a, b = x.chunk(2, -1)
-    return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], -1)
+    (a, b), cos, sin = x.chunk(2, -1), angle.cos().to(x), angle.sin().to(x)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
 # %% ../nbs/03_model.ipynb #777e03bf
 class Block(nn.Module):

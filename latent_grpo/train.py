@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['ARCHITECTURE', 'SETTINGS', 'FREE', 'draw_groups', 'valid_of', 'step_advantages', 'make_optimizer', 'train_step',
-           'train_rl', 'validation', 'save_policy', 'load_policy', 'supervised_start', 'failure_metrics',
-           'score_policy', 'prepare', 'same_run', 'processes', 'begin', 'save_best', 'run']
+           'train_rl', 'validation', 'save_policy', 'load_policy', 'load_weights', 'supervised_start',
+           'failure_metrics', 'score_policy', 'prepare', 'same_run', 'processes', 'begin', 'save_best', 'run']
 
-# %% ../nbs/20_train.ipynb #6a3af5d3
-from dataclasses import replace
+# %% ../nbs/20_train.ipynb #7c1c9891
 from pathlib import Path
 import copy, json, os, time
 import torch
@@ -21,8 +20,8 @@ from .masking import masked_advantages, valid_rollouts
 from .presets import (Config, build_model, build_task, device_of, parse_value,
                                  sampling_of, validate)
 from .rollout import Rollout, generate, join, select_groups
-from .runs import (RunLog, interruptible, load_checkpoint, main_process, provenance,
-                              save_checkpoint, write_folder)
+from .runs import (RunLog, interruptible, load_checkpoint, main_process, model_card,
+                              provenance, save_checkpoint, write_folder)
 from .selection import beginning_logps, first_step_mask
 from .sft import train_sft, with_labels
 from .vanilla import ALONE, training_row, update
@@ -206,7 +205,7 @@ def save_policy(path: Path, model, cfg: Config, tokenizer=None):
         if tokenizer is not None: tokenizer.save_pretrained(folder)
     if main_process(): write_folder(path, write)
 
-# %% ../nbs/20_train.ipynb #90400781
+# %% ../nbs/20_train.ipynb #063e6aa8
 def load_policy(
     path: Path,
     files: list = (),  # problem files or hub datasets to load instead of the run's own rows
@@ -225,10 +224,14 @@ def load_policy(
         raise ValueError(f'{path}: this policy reads generated chains, not problem files')
     rows = test_splits(cfg, files) if files else None
     task, _ = build_task(cfg, _tokenizer(path), rows=rows)
-    pretrained = (path/'config.json').exists()
-    model = build_model(replace(cfg, model=str(path)) if pretrained else cfg, task)
-    if not pretrained: load_model(model, str(path/'model.safetensors'))
-    return model.eval().to(where or device_of(cfg)), task, cfg
+    return load_weights(path, cfg, task).eval().to(where or device_of(cfg)), task, cfg
+
+def load_weights(path: Path, cfg: Config, task):
+    "The model in a policy's folder"
+    if (path/'config.json').exists(): return build_model(replace(cfg, model=str(path)), task)
+    model = build_model(cfg, task)
+    load_model(model, str(path/'model.safetensors'))
+    return model
 
 # %% ../nbs/20_train.ipynb #799d4dd9
 def _tokenizer(path):
@@ -286,15 +289,15 @@ def score_policy(
                                                         task.rows[split][:128], seed)
     return out
 
-# %% ../nbs/20_train.ipynb #652831d1
+# %% ../nbs/20_train.ipynb #87ef803a
 def prepare(
     cfg: Config, out: Path, bar: bool = True,
     explicit: Path | None = None,    # a saved policy that stands for the explicit SFT
 ):
     "Supervised start of a configuration, saved as out/init"
     task, tokenizer = build_task(cfg)
-    model = build_model(cfg, task).to(device_of(cfg))
-    if explicit: load_model(model, str(explicit/'model.safetensors'))
+    model = load_weights(explicit, cfg, task) if explicit else build_model(cfg, task)
+    model = model.to(device_of(cfg))
     supervised_start(model, task, replace(cfg, explicit_sft=0) if explicit else cfg, out, bar)
     save_policy(out/'init', model, cfg, tokenizer)
 
@@ -344,7 +347,7 @@ def save_best(out: Path, model, cfg: Config, tokenizer=None):
     if best == cfg.steps: return
     if load_checkpoint(out, model, step=best): save_policy(out/'best', model, cfg, tokenizer)
 
-# %% ../nbs/20_train.ipynb #5d163375
+# %% ../nbs/20_train.ipynb #6f95cea7
 def run(
     cfg: Config,
     out: Path,                  # folder of the run
@@ -373,5 +376,6 @@ def run(
     scores['made'] = provenance([cfg.seed])
     if main_process():
         (out/'scores.json').write_text(json.dumps(scores, indent=1))
+        (out/'policy/README.md').write_text(model_card(vars(cfg), scores))
         save_best(out, model, cfg, tokenizer)
     return scores
