@@ -165,7 +165,7 @@ def provenance(
                 date=time.strftime('%Y-%m-%d'),
                 versions=dict(python=platform.python_version(), torch=torch.__version__))
 
-# %% ../nbs/19_runs.ipynb #2b5798ac
+# %% ../nbs/19_runs.ipynb #4e18bfac
 def model_card(
     settings: dict,    # of the run, `vars(cfg)`
     scores: dict,      # as in scores.json, with `made`
@@ -174,19 +174,19 @@ def model_card(
     made, start = scores['made'], settings['model']
     base = [] if start in ('tiny', 'scratch') else [f'base_model: {start}']
     rows = [f"| {split} | {mode} | {100 * s['pass1']:.1f} | {100 * s['low']:.1f} to "
-            f"{100 * s['high']:.1f} | {s['problems']} x {s['samples']} | {s['latent_length']:.1f} | "
-            f"{s['text_length']:.1f} |" for split, modes in scores.items() if 'noise_free' in modes
+            f"{100 * s['high']:.1f} | {s['problems']} x {s['samples']} | "
+            f"{s['latent_length']:.1f} | {s['text_length']:.1f} |" for split, modes in scores.items() if 'noise_free' in modes
             for mode, s in modes.items() if 'pass1' in s]
     return '\n'.join([
         '---', *base, 'tags: [latent-reasoning, grpo]', '---', '',
         f"# Policy trained with latent_grpo from {start!r}", '',
-        '| test | mode | Pass@1, % | 95 % interval | problems x answers | latent steps | text steps |',
+        '| test | mode | Pass@1, % | 95 % interval | problems x answers | latent | text steps |',
         '|---|---|---:|---:|---:|---:|---:|', *rows, '',
         f"Made by `{made['command']}`, commit {made['commit']}, seeds {made['seeds']}, on "
         f"{made['hardware']}, {made['date']}.", '',
-        'Every setting is in `latent_grpo.json`; `latent_grpo.train.load_policy` reads this folder. '
-        'Latent steps are drawn as the settings say: `generate` of transformers does not know them.',
-        ''])
+        'Every setting is in `latent_grpo.json`; `latent_grpo.train.load_policy` reads this '
+        'folder. Latent steps are drawn as the settings say; `generate` of transformers does not '
+        'know them.',        ''])
 
 # %% ../nbs/19_runs.ipynb #93af9147
 @contextmanager

@@ -129,13 +129,21 @@ def _show(progress, row):
     progress.set_postfix(reward=f"{row['reward']:.2f}", length=f'{length:.1f}',
                          invalid=f"{row['invalid']:.2f}")
 
-# %% ../nbs/20_train.ipynb #6ff7b8ac
+# %% ../nbs/20_train.ipynb #ea51e790
 def _full_precision(dtype, cfg):
     if dtype != torch.float32:
         raise ValueError(f'dtype={dtype}: a step of lr={cfg.lr} is lost in the rounding of such '
                          'weights; train with dtype=float32')
 
-# %% ../nbs/20_train.ipynb #02c120d9
+def _state(out, model, opt, ranks):
+    "The counters of a new run, or of the newest checkpoint"
+    state = out and load_checkpoint(out, model, opt) or dict(step=0, position=0)
+    if len({s['step'] for s in ranks.gather(state)}) > 1:
+        raise ValueError(f'out={out}: the processes find different checkpoints in it; put it on '
+                         'a disk that all machines share')
+    return state
+
+# %% ../nbs/20_train.ipynb #31bef115
 def train_rl(
     model,                     # trained in place
     task, cfg: Config,
@@ -154,11 +162,8 @@ def train_rl(
     if reference is None and (cfg.kl_coef or cfg.eval_every):
         reference = ranks.place(copy.deepcopy(model))
     model = ranks.shard(model)
-    opt, state = make_optimizer(model, cfg), dict(step=0, position=0)
-    if resume and out: state = load_checkpoint(out, model, opt) or state
-    if len({s['step'] for s in ranks.gather(state)}) > 1:
-        raise ValueError(f'out={out}: the processes find different checkpoints in it; put it on '
-                         'a disk that all machines share')
+    opt = make_optimizer(model, cfg)
+    state = _state(out if resume else None, model, opt, ranks)
     log = RunLog(Path(out)/'log.jsonl' if out else None, state['step'], cfg.tracker)
     progress = tqdm(total=cfg.steps, initial=state['step'], disable=not (bar and main_process()),
                     desc='latent' if cfg.latent else 'explicit')
