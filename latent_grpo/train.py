@@ -143,7 +143,7 @@ def _state(out, model, opt, ranks):
                          'a disk that all machines share')
     return state
 
-# %% ../nbs/20_train.ipynb #31bef115
+# %% ../nbs/20_train.ipynb #45e7ae7c
 def train_rl(
     model,                     # trained in place
     task, cfg: Config,
@@ -156,8 +156,7 @@ def train_rl(
     "Group relative policy optimisation of one configuration"
     _full_precision(model.embed.dtype, cfg)
     if out and not resume and list(Path(out).glob('checkpoint-*')):
-        raise ValueError(f'out={out}: holds checkpoints of another run; go on with --resume, '
-                         'or name another folder')
+        raise ValueError(f'out={out}: holds checkpoints; use --resume, or name another folder')
     for row in task.rows['train']: task.check(row)      # a bad row is refused now, not hours later
     if reference is None and (cfg.kl_coef or cfg.eval_every):
         reference = ranks.place(copy.deepcopy(model))
