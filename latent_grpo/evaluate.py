@@ -6,14 +6,15 @@
 __all__ = ['Interval', 'bootstrap_interval', 'wilson_interval', 't_quantile', 'seed_interval', 'hierarchical_bootstrap',
            'benchmark_mean', 'pass_at_k', 'support_per_step', 'policy_kl', 'rollout_metrics', 'rollouts', 'evaluate']
 
-# %% ../nbs/17_evaluate.ipynb #8f7db58d
+# %% ../nbs/17_evaluate.ipynb #a7ba1593
 import numpy as np
 import torch
-from functools import lru_cache
+from dataclasses import replace
+from functools import lru_cache, partial
 from statistics import NormalDist
 from typing import NamedTuple
 from .latent import effective_support
-from .rollout import Rollout, generate, replay_states
+from .rollout import Rollout, generate, join, replay_states
 from .sampling import Sampling, mixture_weights
 
 # %% ../nbs/17_evaluate.ipynb #772b681a
@@ -159,7 +160,7 @@ def rollout_metrics(
                 latent_length=r.latent_lengths.tolist(), text_length=r.text_lengths.tolist(),
                 support=support_per_step(r, sampling).tolist())
 
-# %% ../nbs/17_evaluate.ipynb #cd3d6882
+# %% ../nbs/17_evaluate.ipynb #b096ece7
 def rollouts(
     model, task,
     rows: list,
@@ -172,17 +173,22 @@ def rollouts(
     start: int = 0,            # first row
     control=None,              # (draw, places in `rows`) -> `edit` of `generate`
 ):                             # yields (rows of the batch, their `Rollout`)
-    "Responses to all problems, a batch at a time"
-    def draw(places, edit=None):
-        places = torch.tensor(places) % len(rows)
-        numbers = places[:, None] * samples + torch.arange(samples)
+    "Responses to all problems, a batch at a time; many samples of one problem in several goes"
+    def draw(places, edit=None, first=0):       # samples first, first + 1, ... of some problems
+        places, G = torch.tensor(places) % len(rows), min(batch, samples - first)
+        numbers = places[:, None] * samples + first + torch.arange(G)
         prompts = [task.prompt(rows[i]) for i in places]
-        return generate(model, prompts, sampling, task.end_latent_ids, task.eos_id, samples,
+        return generate(model, prompts, sampling, task.end_latent_ids, task.eos_id, G,
                         max_steps, thinking, seed, numbers.flatten(), edit)
     size = max(1, batch // samples)
     for i in range(start, len(rows), size):
-        places = list(range(i, min(i + size, len(rows))))
-        yield rows[i:i + size], draw(places, control and control(draw, places))
+        places, parts = list(range(i, min(i + size, len(rows)))), []
+        for first in range(0, samples, batch):
+            again = partial(draw, first=first)
+            parts.append(again(places, control and control(again, places)))
+        r = parts[0] if len(parts) == 1 else join(parts)
+        yield rows[i:i + size], replace(r, prompt_ids=parts[0].prompt_ids,
+                                        prompt_mask=parts[0].prompt_mask)
 
 # %% ../nbs/17_evaluate.ipynb #083a8267
 @torch.no_grad()
