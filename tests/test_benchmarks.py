@@ -14,7 +14,7 @@ from latent_grpo.benchmarks import (CONTROLS, PAPER, PROTOCOLS, Protocol, answer
                                     rollouts_that_fit, run_protocol, score)
 from latent_grpo.cli import main
 from latent_grpo.data import digest
-from latent_grpo.evaluate import Interval, benchmark_mean, bootstrap_interval, evaluate, rollouts
+from latent_grpo.evaluate import Interval, benchmark_mean, bootstrap_interval, evaluate, rollouts, seed_interval
 from latent_grpo.presets import build_model, build_task, make_config, sampling_of, train_tokenizer
 from latent_grpo.rollout import replay_logps
 from latent_grpo.sampling import END as ENDED
@@ -87,10 +87,14 @@ def test_argmax_is_the_policy_itself_with_one_component(thinker):
 
 
 def test_shuffled_moves_what_can_be_moved_and_keeps_the_rest(thinker):
-    for a, b in zip(drawn(thinker, NOISY, "shuffled"), drawn(thinker, NOISY)):
+    rows, lengths = TASK.rows["train"], set()
+    ask = lambda c: drawn(thinker, NOISY, c, rows=rows, max_steps=6, batch=256)
+    for a, b in zip(ask("shuffled"), ask(None)):
         new, old = latents(*a), latents(*b)
+        lengths.add(len(old))
         assert sorted(new) == sorted(old)
         assert (new != old) == (len(old) > 1)
+    assert lengths >= {1, 2, 3, 4}
 
 
 def test_swapped_feeds_the_latents_of_the_next_problem(thinker):
@@ -245,7 +249,8 @@ def test_scores_of_known_answers():
     s = score(items, 2)
     assert s["pass1"].mean == .25 and (s["latent"].mean, s["text"].mean) == (3.75, 2.75)
     assert s["tokens"].mean == 6.5 and (s["invalid"], s["unparsed"]) == (.25, .25)
-    assert s["runs"].mean == .25 and s["runs"].low < 0                  # runs of .5 and 0: t of one degree
+    three = score([item(i, j, i < 2 and not j) for i in range(3) for j in range(2)], 2)
+    assert three["runs"] == pytest.approx(seed_interval([2 / 3, 0]))    # all of run 0 but one, none of run 1
     assert score(items[:2], 1)["runs"] is None
     none = score([item(i, j, False) for i in range(30) for j in range(5)], 5)["pass1"]
     assert none.low == 0 and .05 < none.high < .2                       # 0 of 30 problems proves little
