@@ -8,6 +8,7 @@ __all__ = ['ARCHITECTURE', 'SETTINGS', 'FREE', 'draw_groups', 'valid_of', 'step_
            'failure_metrics', 'score_policy', 'prepare', 'same_run', 'processes', 'begin', 'save_best', 'run']
 
 # %% ../nbs/20_train.ipynb #7c1c9891
+from dataclasses import replace
 from pathlib import Path
 import copy, json, os, time
 import torch
