@@ -104,7 +104,7 @@ class Config(Update):
     tracker: str = ''           # tensorboard | trackio, beside log.jsonl
     seed: int = 0
 
-# %% ../nbs/18_presets.ipynb #3fb45631
+# %% ../nbs/18_presets.ipynb #15be35df
 _TOY, _PAPER, _SCRIPT = 'ours, chosen for a 2-core CPU', 'paper, appendix', 'released scripts'
 
 PRESETS = {
@@ -148,7 +148,8 @@ PRESETS = {
         lr=(3e-5, _TOY), weight_decay=(0.0, _TOY), steps=(40, _TOY),
         eval_samples=(2, _TOY)),
     'paper-low': dict(
-        task=('problems', _PAPER),  # GSM8K-Aug, 301,852 rows: name your copy with --data
+        task=('problems', _PAPER),
+        train=('latent-grpo-data@gsm8k-aug-train', 'released data: 301,852 rows'),
         model=('DJCheng/LLaMA3.2-1B-Instruct-Latent-SFT-Top10', 'released weights'),
         compute=('bfloat16', _PAPER), prompt_style=('low', _PAPER),
         answer_format=('\\boxed{{{}}}', _PAPER), max_prompt=(192, _PAPER), rate=(2, 'paper: r = 2'),
@@ -161,7 +162,8 @@ PRESETS = {
         kl_coef=(0.0, _PAPER), steps=(47000, 'paper: 10 epochs'), micro_groups=(2, 'ours'),
         save_every=(100, 'ours'), eval_every=(100, 'ours')),
     'paper-high': dict(
-        task=('problems', _PAPER),  # English DAPO-Math-17k, 14,116 rows: name your copy with --data
+        task=('problems', _PAPER),
+        train=('latent-grpo-data@dapo-en-train', 'released data: 14,116 rows'),
         model=('DJCheng/Qwen2.5-Math-7B-Latent-SFT-4k-Top10', 'released weights'),
         compute=('bfloat16', _PAPER), checkpointing=(True, 'ours'), prompt_style=('high', _PAPER),
         answer_format=('\\boxed{{{}}}', _PAPER), max_prompt=(1024, _PAPER),

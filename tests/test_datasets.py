@@ -1,6 +1,7 @@
 """Sets by name: every loader on its real file where there is one, and on made rows everywhere."""
 import json
 import os
+import re
 import warnings
 from pathlib import Path
 
@@ -434,3 +435,39 @@ def test_the_record_holds_counts_only():
     numbers += [x for t in RECORD["contamination"].values() for d in t.values() for x in d.values()]
     assert all(type(x) is int or len(x) == 64 and set(x) <= set("0123456789abcdef") for x in numbers)
     assert letters("A-b 1!") == "ab1"
+
+
+# --- docs/data.md ---
+
+BLOCK = re.search(r"```python\n(.*?)```", (ROOT / "docs/data.md").read_text("utf-8"), re.S)[1]
+
+
+def test_the_files_of_the_page_are_those_of_the_register():
+    page = (ROOT / "docs/data.md").read_text("utf-8")
+    files = set(re.findall(r"`(\w+\.jsonl(?:\.gz)?)`", page))
+    parts = {f"{n}@{s}": p.file for n, x in NAMED.items() for s, p in x.parts.items()}
+    assert files == {parts[s] for s in RECORD["sets"]} | {parts["gsm8k@train-eq"]}
+
+
+def test_the_mawps_block_on_made_rows(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    lines(folder / "multiarith.jsonl", row("How many ?", "5", split="train420"))
+    source = [("How  many?", "X=(2.0+3.0)", 5.0), ("Cost?", "y=2*3", "6"), ("z?", "4*(x-1)=8", "3")]
+    (folder / "mawps_source.json").write_text(json.dumps([
+        dict(sQuestion=q, lEquations=[e], lSolutions=[a]) for q, e, a in source]))
+    with pytest.warns(UserWarning, match="by custom"): exec(BLOCK, {})
+    with pytest.warns(UserWarning, match="by custom"): rows = load_source("mawps@all")
+    assert [(r["problem"], r["answer"], r["cot"], "overlap" in r) for r in rows] == [
+        ("How many?", "5", "<<2+3=5>>", True), ("Cost?", "6", "y=2*3", False), ("z?", "3", "4*(x-1)=8", False)]
+
+
+def test_the_mawps_block_makes_the_file_of_the_record(tmp_path, real, monkeypatch):
+    source = [dict(sQuestion=r["problem"], lEquations=[r["equation"]], lSolutions=[f"{r['answer']}"])
+              for r in real("mawps")]
+    lines(tmp_path / "multiarith.jsonl", *real("multiarith"))
+    monkeypatch.setenv("LATENT_GRPO_DATA", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mawps_source.json").write_text(json.dumps(source))
+    exec(BLOCK, {})
+    for part in ("mawps@all", "mawps@clean"):
+        assert digest(load_source(part)) == RECORD["sets"][part]["sha256"]
