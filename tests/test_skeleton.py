@@ -43,6 +43,7 @@ ALLOWED = {
     "benchmarks": {"data", "evaluate", "presets", "runs", "sampling", "train"},
     "wordproblems": {"tasks"},
     "distributed": {"data", "model", "presets", "vanilla"},
+    "rehearsal": {"presets"},
 }
 
 # Edges to a later notebook: the import stands inside a function. (importer, imported): why
