@@ -210,7 +210,7 @@ def save_policy(path: Path, model, cfg: Config, tokenizer=None):
         if tokenizer is not None: tokenizer.save_pretrained(folder)
     if main_process(): write_folder(path, write)
 
-# %% ../nbs/20_train.ipynb #063e6aa8
+# %% ../nbs/20_train.ipynb #9cae7f24
 def load_policy(
     path: Path,
     files: list = (),  # problem files or hub datasets to load instead of the run's own rows
@@ -231,6 +231,7 @@ def load_policy(
     task, _ = build_task(cfg, _tokenizer(path), rows=rows)
     return load_weights(path, cfg, task).eval().to(where or device_of(cfg)), task, cfg
 
+# %% ../nbs/20_train.ipynb #576990c3
 def load_weights(path: Path, cfg: Config, task):
     "The model in a policy's folder"
     if (path/'config.json').exists(): return build_model(replace(cfg, model=str(path)), task)
