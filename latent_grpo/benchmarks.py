@@ -362,7 +362,7 @@ def pass_table(results: list) -> str:
              *map(_show, r['pass_at'].values())] for r in found]
     return _grid(['set', 'noise', 'n', *(f'pass@{k}' for k in found[0]['pass_at'])], rows)
 
-# %% ../nbs/29_benchmarks.ipynb #fa4b8fa4
+# %% ../nbs/29_benchmarks.ipynb #b12ed009
 def benchmark(
     policy: str, protocol: Protocol,
     sources: list = (), controls: tuple = (), out: Path | None = None, limit: int = 0,
@@ -371,9 +371,9 @@ def benchmark(
     "Open a policy, ask it, and write answers, results.json and table.md"
     model, task, cfg, sets = open_policy(policy, protocol, sources, **overrides)
     sets = {name: rows[:limit or None] for name, rows in sets.items()}
-    named = dict(sources or protocol.sets)
-    data = {n: dict(source=Path(named.get(n, 'generated')).name, problems=len(rows),
-                    sha256=digest(rows)) for n, rows in sets.items()}
+    named = {n: Path(f).name if Path(f).exists() else f for n, f in sources or protocol.sets}
+    data = {n: dict(source=named.get(n, 'generated'), problems=len(rows), sha256=digest(rows))
+            for n, rows in sets.items()}
     record = dict(policy=str(policy), protocol=asdict(protocol), data=data, overrides=overrides,
                   seed=seed)
     if out: same_run(Path(out), SimpleNamespace(**record))
