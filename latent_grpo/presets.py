@@ -228,7 +228,7 @@ def parse_value(
         raise ValueError(f'{name}={text!r}: expected {kind.__name__}, like {default!r}')
     return float(value) if kind is float else value
 
-# %% ../nbs/18_presets.ipynb #364a586b
+# %% ../nbs/18_presets.ipynb #4e62abf2
 def validate(
     cfg: Config,
 ) -> Config:       # the same, or a `ValueError` that names the field, the value and the remedy
@@ -237,8 +237,10 @@ def validate(
         if getattr(cfg, name) not in allowed:
             raise ValueError(f'{name}={getattr(cfg, name)!r}: choose one of {allowed}')
     if cfg.dual_clip <= 1: raise ValueError(f'dual_clip={cfg.dual_clip}: must be above 1')
-    for name in ('lr', 'sharpness'):
+    for name in ('lr', 'sharpness', 'label_lr'):
         if (v := getattr(cfg, name)) <= 0: raise ValueError(f'{name}={v}: must be positive')
+    if len(cfg.label_steps) != 3:
+        raise ValueError(f'label_steps={cfg.label_steps}: three numbers, ENCODER,DECODER,JOINT')
     if not 0 <= cfg.several <= 1: raise ValueError(f'several={cfg.several}: must be in [0, 1]')
     for name in 'group_size prompts groups minibatches epochs max_steps eval_samples'.split():
         if (v := getattr(cfg, name)) < 1: raise ValueError(f'{name}={v}: must be at least 1')

@@ -46,7 +46,7 @@ WRONG = {
                     "(A > 0)[None], liking[None], 'released')[0]"],
     "26_data": ["lambda p, c, n: p", "lambda text: re.sub(r'\\d', '', text)",
                 "lambda rows: str(sum(int(digest([r]), 16) for r in set(map(tuple, rows))))"],
-    "27_labels": ["lambda q, n, t, r: (q + n + n // r, q + n + n // r + t)", "'abc'",
+    "27_labels": ["lambda q, n, t, r: (q + n + n // r, q + n + n // r + t)",
                   "lambda n, r: n * (n - 1) // 2"],
     "28_distributed": ["lambda s, n: (4 + 12 * s + 4) / n", "lambda a, b: (sum(a + b), sum(a) + sum(b))"],
     "24_explore": [".9", "('11000000', '11000000')", "lambda own: own / 2"],

@@ -305,6 +305,12 @@ def test_what_cannot_run_is_said(stage, settings, said, tmp_path):
     with pytest.raises(ValueError, match=said): sft(config(**SMALL | settings), tmp_path, stage, bar=False)
 
 
+def test_three_steps_are_three_numbers():
+    assert config(label_steps="5,6,7").label_steps == (5, 6, 7)
+    with pytest.raises(ValueError, match="three numbers"): config(label_steps=(5, 6))
+    with pytest.raises(ValueError, match="label_lr=0.0: must be positive"): config(label_lr=0)
+
+
 def test_other_settings_need_another_folder(tmp_path):
     sft(config(**SMALL), tmp_path, "encoder", bar=False)
     with pytest.raises(ValueError, match="holds a run with rate=4"):
