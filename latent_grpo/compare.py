@@ -104,7 +104,8 @@ class Job:
     def start(self) -> 'Job':
         kind = 'explicit-start' if self.method == 'explicit' else 'latent-start'
         ours = _AFTER | (_LATENT if kind == 'explicit-start' else set())
-        return replace(self, method=kind, vary={k: v for k, v in self.vary.items() if k not in ours})
+        before = {k: v for k, v in self.vary.items() if k not in ours}
+        return replace(self, method=kind, vary=before)
 
     @property
     def before(self) -> 'Job | None':

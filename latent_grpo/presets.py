@@ -145,7 +145,7 @@ PRESETS = {
         noise_scale=(0.5, 'ours; the paper has 1'), top_k=(6, _TOY),
         temperature=(1.0, _TOY), text_top_p=(1.0, _TOY), text_top_k=(0, _TOY),
         prompts=(48, _TOY), max_extra=(0, _TOY), minibatches=(1, _TOY),
-        lr=(3e-5, _TOY), weight_decay=(0.0, _TOY), steps=(40, _TOY),
+        lr=(1e-4, _TOY), weight_decay=(0.0, _TOY), steps=(30, _TOY),
         eval_samples=(2, _TOY)),
     'paper-low': dict(
         task=('problems', _PAPER),

@@ -49,6 +49,7 @@ WRONG = {
     "27_labels": ["lambda q, n, t, r: (q + n + n // r, q + n + n // r + t)",
                   "lambda n, r: n * (n - 1) // 2"],
     "28_distributed": ["lambda s, n: (4 + 12 * s + 4) / n", "lambda a, b: (sum(a + b), sum(a) + sum(b))"],
+    "30_wordproblems": ["lambda n: (len(str(n)), len(str(n)))", "lambda h: 2 * h * (1 - h)", "(1., 5.)"],
     "24_explore": [".9", "('11000000', '11000000')", "lambda own: own / 2"],
 }
 

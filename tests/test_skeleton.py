@@ -41,7 +41,7 @@ ALLOWED = {
     "data": {"grading", "tasks"},
     "labels": {"latent", "presets", "runs", "sft", "train"},
     "benchmarks": {"data", "evaluate", "presets", "runs", "sampling", "train"},
-    "wordproblems": {"tasks"},
+    "wordproblems": {"rollout", "sampling", "tasks"},
     "distributed": {"data", "model", "presets", "vanilla"},
     "rehearsal": {"presets"},
 }

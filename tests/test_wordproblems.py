@@ -1,5 +1,4 @@
 """Real word problems: words and numbers, chains, splits without leaks, and a tiny training."""
-import ast
 import json
 import os
 import random
@@ -17,8 +16,8 @@ from latent_grpo.rollout import LONG, generate, replay_logps, replay_states
 from latent_grpo.sft import train_sft
 from latent_grpo.train import score_policy, train_rl
 from latent_grpo.wordproblems import (FILES, SYMBOLS, Words, bucket, expression_steps,
-                                      number_tokens, plain_number, read_files, run_steps,
-                                      split_rows, vary, with_chain, word_task, words_of)
+                                      number_tokens, read_files, run_steps, split_rows, vary,
+                                      with_chain, words_of)
 
 REAL = Path(os.environ.get("LATENT_GRPO_DATA")
             or Path(__file__).parent.parent.parent / "shared/data")
@@ -144,14 +143,15 @@ def check_leaks(files, benchmark_train):
     assert not set(map(template, trained)) & set(map(template, strict))
     held = set(map(letters, kept))
     bases = {r["id"] for r in files["mawps"] if letters(r) in held}
-    arith = {r["id"] for r in files["mawps"] if letters(r) in set(map(letters, files["multiarith"]))}
+    benchmark = set(map(letters, files["multiarith"]))
+    arith = {r["id"] for r in files["mawps"] if letters(r) in benchmark}
     if not benchmark_train: bases |= arith
     assert bases and not bases & {r.get("base_id") for r in trained}
     ids = {r["id"] for r in trained}
     assert not {r["id"] for r in kept} & ids
     if not benchmark_train:
         assert not [i for i in ids if i.startswith(("multiarith", "svamp"))]
-        assert not set(map(letters, trained)) & set(map(letters, files["multiarith"]))
+        assert not set(map(letters, trained)) & benchmark
     return splits, extra
 
 
