@@ -110,7 +110,7 @@ def misalignment_rate(
     factor = gradient_factor(margins, estimator, A)
     return (factor < -1e-4)[A != 0].float().mean().item()
 
-# %% ../nbs/12_closure.ipynb #515e87bb
+# %% ../nbs/12_closure.ipynb #d7bd8c1d
 def js_divergence(
     logps: Tensor,     # [M, V] log-probabilities after the mixture
     one: Tensor,       # [M, V] after one latent
@@ -127,7 +127,7 @@ def right_pairs(
     right: Tensor,     # [B, G] bool
 ) -> tuple:            # problems [n] with two right rollouts; farthest pairs, nearest pairs [n, 2]
     "The two right first latents of each problem that are least, and most, alike (ours)"
-    d, G = torch.cdist(latents, latents), right.shape[1]
+    d, G = torch.cdist(latents.float(), latents.float()), right.shape[1]
     other = ~torch.eye(G, dtype=torch.bool, device=d.device)
     both = right[:, :, None] & right[:, None, :] & other
     far = d.masked_fill(~both, -torch.inf).flatten(1).argmax(1)
@@ -149,13 +149,14 @@ def closure_violation(
     return dict(each=(each[0] + each_2[0]) / 2, mean=both[0],
                 js=js_divergence(both[1], each[1], each_2[1]))
 
-# %% ../nbs/12_closure.ipynb #993cf7ab
+# %% ../nbs/12_closure.ipynb #fe37ba7b
 def nearest_valid(
     latents: Tensor,   # [M, D]
     valid: list,       # M tensors [n_i, D]: the valid points for each
 ) -> Tensor:           # [M] distance to the nearest
     "Distance of latents to the nearest valid point (ours)"
-    return torch.stack([torch.cdist(x[None], v)[0].min() for x, v in zip(latents, valid)])
+    distance = lambda x, v: torch.cdist(x[None].float(), v.float()).min()
+    return torch.stack([distance(x, v) for x, v in zip(latents, valid)])
 
 # %% ../nbs/16_zero_mean.ipynb #8c1da5ad
 from .sampling import centre, draw_latent, latent_score, noise_keys

@@ -281,7 +281,7 @@ def test_accelerate_launches_the_command(tmp_path):
         assert b == pytest.approx(a, rel=1e-3, abs=1e-5)
     scores = [json.loads((tmp_path / n / "scores.json").read_text()) for n in ("one", "two")]
     for k, v in scores[0]["test"]["sampled"].items():
-        assert scores[1]["test"]["sampled"][k] == pytest.approx(v, rel=1e-3), k
+        assert scores[1]["test"]["sampled"][k] == pytest.approx(v, rel=1e-3, abs=1e-6), k
     assert "2 processes" in scores[1]["made"]["hardware"]
 
 

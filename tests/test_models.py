@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from helpers import EOS, config, word_task
+from latent_grpo.cli import main
 from latent_grpo.model import HFLM, layers, pretrained
 from latent_grpo.presets import PROMPT, build_model, make_config, sampling_of, text_task
 from latent_grpo.rollout import generate, replay_logps
@@ -220,3 +221,33 @@ def test_a_policy_is_a_folder_that_transformers_loads(kind, tied, tmp_path):
     assert torch.equal(again.lm(ids).logits, model.lm(ids).logits) and same == cfg
     assert (plain.lm_head.weight is plain.model.embed_tokens.weight) == tied
     assert not torch.equal(plain(ids).logits, pretrained(cfg.model).lm(ids).logits)
+
+
+# --- the whole way ---
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset,kind,more", [("paper-low", "Llama", {}), ("paper-high", "Qwen2", dict(lora_rank=2))],
+                         ids=["low", "high with adapters"])
+def test_the_papers_presets_from_a_start_in_a_folder(preset, kind, more, tmp_path, capsys):
+    """One line, as from the hub: no supervised training, numbers in bfloat16, a policy that others can load."""
+    from transformers import AutoModelForCausalLM
+    if more: pytest.importorskip("peft")
+    saved(tmp_path / "hub", kind, tied=kind == "Llama", chat=CHAT)
+    rows = "\n".join(f'{{"problem": "How many apples are {i} and 3?", "answer": "{i + 3}"}}' for i in range(30))
+    (tmp_path / "d.jsonl").write_text(rows)
+    size = dict(model=tmp_path / "hub", steps=1, prompts=4, groups=4, group_size=2, max_extra=0, max_steps=5,
+                eval_every=1, test_rows=4, top_k=4, save_every=1, lr=1e-3) | more
+    argv = ["train", "--preset", preset, "--method", "paper", "--data", str(tmp_path / "d.jsonl"),
+            "--out", str(tmp_path / "run"), *(f"--set={k}={v}" for k, v in size.items())]
+    assert main(argv) == 0, capsys.readouterr().err
+    text = capsys.readouterr().out
+    assert "computing in bfloat16" in text and "copy that draws" in text
+    assert not (tmp_path / "run" / "init").exists()
+    card = (tmp_path / "run" / "policy" / "README.md").read_text()
+    assert f"base_model: {tmp_path / 'hub'}" in card and "| validation | noise_free |" in card
+    lm = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "policy")
+    model, task, cfg = load_policy(tmp_path / "run" / "policy")
+    assert cfg.lora_rank == 0 and not [n for n in lm.state_dict() if "lora" in n]
+    ids = torch.tensor([task.prompt(task.rows["train"][0])])
+    torch.testing.assert_close(lm.float()(ids).logits, model.lm(ids).logits)
+    assert main([*argv, "--resume", "--set=steps=2"]) == 0, capsys.readouterr().err
