@@ -223,7 +223,7 @@ def load_policy(
     if not (path/SETTINGS).exists():
         raise FileNotFoundError(f'{path}: no saved policy ({SETTINGS}) in this folder')
     saved = json.loads((path/SETTINGS).read_text())
-    saved['clip'] = tuple(saved['clip']) if saved['clip'] else None
+    saved = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
     cfg = validate(Config(**saved | {k: parse_value(k, v) for k, v in overrides.items()}))
     if cfg.task == 'chains' and files:
         raise ValueError(f'{path}: this policy reads generated chains, not problem files')
