@@ -165,7 +165,7 @@ def provenance(
                 date=time.strftime('%Y-%m-%d'),
                 versions=dict(python=platform.python_version(), torch=torch.__version__))
 
-# %% ../nbs/19_runs.ipynb #4e18bfac
+# %% ../nbs/19_runs.ipynb #8ff797cd
 def model_card(
     settings: dict,    # of the run, `vars(cfg)`
     scores: dict,      # as in scores.json, with `made`
@@ -175,7 +175,8 @@ def model_card(
     base = [] if start in ('tiny', 'scratch') else [f'base_model: {start}']
     rows = [f"| {split} | {mode} | {100 * s['pass1']:.1f} | {100 * s['low']:.1f} to "
             f"{100 * s['high']:.1f} | {s['problems']} x {s['samples']} | "
-            f"{s['latent_length']:.1f} | {s['text_length']:.1f} |" for split, modes in scores.items() if 'noise_free' in modes
+            f"{s['latent_length']:.1f} | {s['text_length']:.1f} |"
+            for split, modes in scores.items() if 'noise_free' in modes
             for mode, s in modes.items() if 'pass1' in s]
     return '\n'.join([
         '---', *base, 'tags: [latent-reasoning, grpo]', '---', '',
