@@ -23,8 +23,8 @@ $(STAMP): settings.ini setup.py constraints.txt
 demo: $(STAMP)  ## train and compare all variants on the toy task, into results/demo
 	$(BIN)/latent-grpo demo --out results/demo
 
-test: $(STAMP)  ## run every test, notebooks included
-	$(BIN)/python -m pytest -q
+test: $(STAMP)  ## run every test, notebooks included, on two cores
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 test-fast: $(STAMP)  ## run the tests that are not marked slow
 	$(BIN)/python -m pytest -q -m "not slow"
