@@ -366,7 +366,7 @@ def problem_rows(cfg) -> dict:   # of a `Config`: split -> rows
                           'list them with: latent-grpo data')
     held = [r for r in rows if split_of(r['problem']) == 'validation']
     rows = [r for r in rows if split_of(r['problem']) != 'validation']
-    return dict(train=rows, validation=held[:cfg.test_rows or None]) | tests
+    return dict(train=rows, validation=held[:cfg.test_rows or 512]) | tests
 
 def data_record(
     cfg, rows: dict,      # a `Config`; split -> rows

@@ -35,7 +35,7 @@ class Config(Update):
     min_steps: int = 3          # steps that a generated problem needs
     most_steps: int = 4
     train_rows: int = 8000
-    test_rows: int = 512        # generated validation and test rows; cap on other splits, 0: all
+    test_rows: int = 512        # generated rows a split; cap on others, 0: all (validation: 512)
     several: float = 0.75       # share of generated problems with several correct first steps
     rate: int = 4               # chain tokens per latent label
     sharpness: float = 1.0      # label weights to this power; above 1: peaked mixtures

@@ -11,6 +11,7 @@ import pytest
 
 import latent_grpo
 from latent_grpo.cli import main
+from latent_grpo.distributed import shape_of
 from latent_grpo.presets import METHODS, PRESETS, make_config
 
 DATA = Path(os.environ.get("LATENT_GRPO_DATA")
@@ -127,9 +128,9 @@ def made_up(path, rows, seed):
     return path
 
 
-def reduced_run(tmp_path, train, *tests):
+def reduced_run(tmp_path, train, *tests, preset="gsm8k-tiny"):
     """The recipe for real text, cut down: tokenizer, explicit SFT, Latent-SFT, one step of RL."""
-    shell("train", "--preset", "gsm8k-tiny", "--method", "exact", "--quiet", "--data", train,
+    shell("train", "--preset", preset, "--method", "exact", "--quiet", "--data", train,
           "--test", tests[0], "--out", tmp_path / "run", *settings(TEXT))
     for kind in ("explicit", "latent"):
         log = (tmp_path / "run" / f"sft-{kind}.jsonl").read_text().splitlines()
@@ -143,9 +144,21 @@ def reduced_run(tmp_path, train, *tests):
 
 
 @pytest.mark.slow
-def test_reduced_run_on_made_up_problems(tmp_path):
-    reduced_run(tmp_path, made_up(tmp_path / "train.jsonl", 100, 0),
-                made_up(tmp_path / "one.jsonl", 12, 1), made_up(tmp_path / "two.jsonl", 9, 2))
+@pytest.mark.parametrize("preset", ["gsm8k-tiny", "gsm8k-scratch"])
+def test_reduced_run_on_made_up_problems(preset, tmp_path):
+    reduced_run(tmp_path, made_up(tmp_path / "train.jsonl", 100, 0), made_up(tmp_path / "one.jsonl", 12, 1),
+                made_up(tmp_path / "two.jsonl", 9, 2), preset=preset)
+
+
+def test_the_plan_of_a_hundred_million_weights(tmp_path):
+    """GSM8K from scratch on one GPU: its size and its needs, from its preset and made-up problems."""
+    files = [made_up(tmp_path / f"{name}.jsonl", n, n) for name, n in (("train", 100), ("one", 12))]
+    said = shell("train", "--preset", "gsm8k-scratch", "--plan", "--data", files[0], "--test", files[1],
+                 "--out", tmp_path / "run")
+    assert "computing in bfloat16" in said and "one: 12 rows" in said
+    assert not (tmp_path / "run").exists()
+    cfg = make_config("gsm8k-scratch")
+    assert 90e6 < shape_of(cfg, cfg.vocab_size)["parameters"] < 110e6
 
 
 @pytest.mark.slow
@@ -167,7 +180,7 @@ TAB = """COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _shtab_latent_grpo; echo "${
 
 @pytest.mark.parametrize("typed, offered", {
     "t": "train", "train --meth": "--method", "train --method ex": "explicit exact",
-    "compare --preset paper": "paper-low paper-high", "presets gsm": "gsm8k-tiny",
+    "compare --preset paper": "paper-low paper-high", "presets gsm": "gsm8k-tiny gsm8k-scratch",
     "eval --policy run": "runs", "train --resume --out run": "runs"}.items())
 def test_the_tab_key(typed, offered, capsys, tmp_path):
     with pytest.raises(SystemExit) as stop: main(["--print-completion", "bash"])
