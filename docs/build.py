@@ -219,7 +219,8 @@ def records():
     for path in sorted((DOCS / "results").glob("*.json")):
         put(f"_static/results/{path.name}", path.read_bytes())
         r = json.loads(path.read_text("utf-8"))
-        lines.append(f'- <a href="_static/results/{path.name}" download>{path.name}</a>, {len(r["seeds"])} seed{"s" * (len(r["seeds"]) > 1)}, '
+        seeds = f'{n} seed{"s" * (n > 1)}, ' if (n := len(r["seeds"])) else ""      # counts of files have none
+        lines.append(f'- <a href="_static/results/{path.name}" download>{path.name}</a>, {seeds}'
                      f'commit {r["commit"]}, {r["date"]}:<br>`{r["command"]}`')
     return "\n".join(lines)
 
