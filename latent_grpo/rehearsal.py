@@ -29,7 +29,7 @@ PROBLEMS = [dict(problem=p, cot=c, answer=c.rsplit('=')[-1].rstrip('>')) for p, 
     'Mira jogs every morning. She jogs 5 miles per hour. If she jogs for 2 hours every morning, '
     'how many miles can she jog for five days?': '<<5*2=10>> <<10*5=50>>'}.items()]
 
-# %% ../nbs/31_gsm8k_1b.ipynb #615e15e1
+# %% ../nbs/31_gsm8k_1b.ipynb #55a50b8c
 CHAT = ("{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
         "{% if add_generation_prompt %}<assistant>\n{% endif %}")
 
@@ -56,6 +56,7 @@ def stand_in(
         transformers.AutoModelForCausalLM.from_config(config).save_pretrained(path)
     return str(path)
 
+# %% ../nbs/31_gsm8k_1b.ipynb #b76b695c
 def problem_files(path: Path) -> tuple:    # training file, test file
     "The eight problems as two files: all but three, and those three"
     path.mkdir(parents=True, exist_ok=True)
