@@ -214,7 +214,7 @@ def show_survey(
             print(f'{train} against {test}:')
             show(tests[test])
 
-# %% ../nbs/25_cli.ipynb #b71870ec
+# %% ../nbs/25_cli.ipynb #b7673cd9
 def _files(args):
     "Settings that name training and test files"
     return {k: v for k, v in dict(train=args.data, tests=','.join(args.test)).items() if v}
@@ -235,6 +235,7 @@ def _train(args):
     show_scores(scores)
     print(f"policy, log and scores are in {args.out}")
 
+# %% ../nbs/25_cli.ipynb #1ff687c2
 def _benchmark(args):
     from latent_grpo.benchmarks import benchmark, make_protocol
     named = {}

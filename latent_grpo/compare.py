@@ -32,7 +32,7 @@ NAMES = {'explicit-start': 'explicit SFT', 'latent-start': 'initialisation',
          'exact': 'exact score (ours)', 'centred': 'centred score (ours)'}
 CURVES = ('reward', 'invalid', 'support', 'validation', 'kl')    # kept of every step's log
 
-# %% ../nbs/22_compare.ipynb #62565a20
+# %% ../nbs/22_compare.ipynb #7b00daba
 def _finished(out: Path, cfg: Config, free: set = frozenset()):
     "Scores of a run that is already there, or None; other settings in the same folder are an error"
     same_run(out, cfg, free)
@@ -42,6 +42,7 @@ def _finished(out: Path, cfg: Config, free: set = frozenset()):
 _UPDATE = {f.name for f in fields(Update)} | {
     'prompts', 'groups', 'max_extra', 'lr', 'weight_decay', 'steps', 'eval_every', 'save_every'}
 
+# %% ../nbs/22_compare.ipynb #034299a7
 def _start(cfg: Config, out: Path, explicit: Path | None = None):
     "Supervised start of one kind and its scores; kept when it is already there"
     if scores := _finished(out, cfg, _UPDATE): return scores
@@ -59,6 +60,7 @@ def _start(cfg: Config, out: Path, explicit: Path | None = None):
     (out/'scores.json').write_text(json.dumps(scores))
     return scores
 
+# %% ../nbs/22_compare.ipynb #cdab4eed
 def _curve(out: Path):
     "Columns of a run's log that figures are drawn from; None where a step was not validated"
     rows = RunLog(out/'log.jsonl', keep_until=10**9).rows if (out/'log.jsonl').exists() else []
@@ -72,7 +74,7 @@ def _method(cfg: Config, out: Path, init: Path):
 
 def _one_thread(): torch.set_num_threads(1)
 
-# %% ../nbs/22_compare.ipynb #e490cdf3
+# %% ../nbs/22_compare.ipynb #956f1fec
 # settings that a supervised start does not depend on
 _AFTER = _UPDATE | {f.name for f in fields(Sampling)} | {
     'group_size', 'max_steps', 'noise', 'delta', 'masking', 'overlong', 'selection',
@@ -84,6 +86,7 @@ def combinations(vary: dict | None) -> list:    # of dicts
     vary = {k: [parse_value(k, v) for v in values] for k, values in (vary or {}).items()}
     return [dict(zip(vary, values)) for values in product(*vary.values())]
 
+# %% ../nbs/22_compare.ipynb #e487d9f6
 @dataclass(frozen=True)
 class Job:
     "One run of a comparison: its settings, its folder and the start that it needs"
@@ -121,6 +124,7 @@ class Job:
     @property
     def name(self): return label(self.method, self.vary)
 
+# %% ../nbs/22_compare.ipynb #1a4a5482
 def label(method: str, vary: dict) -> str:
     "What a row of a table is called"
     return ', '.join([NAMES[method], *(f'{k} {v}' for k, v in vary.items())])

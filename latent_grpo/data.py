@@ -116,7 +116,7 @@ class Named:
 
 def _field(name, *values): return lambda r: r.get(name, values[0]) in values
 
-# %% ../nbs/26_data.ipynb #0600a9cf
+# %% ../nbs/26_data.ipynb #220ffe49
 _without = _field('overlap', None)       # the files mark rows that also stand in a test set
 _number, _answers = _field('several', None), columns(problem='problem', answer='answer')
 _solved = columns(problem='problem', answer='answer', cot='solution')
@@ -172,6 +172,7 @@ NAMED = {
     'openr1-math': Named('Apache-2.0', 'open-r1/OpenR1-Math-220k', {
         'train': Part('openr1_math.jsonl', 'train')}, _solved, 'default')}
 
+# %% ../nbs/26_data.ipynb #0aa50daa
 def _file(name, rows=0, convert=None):
     return Part(name, 'train', rows, convert=convert, data_files=f'**/{name}')
 
@@ -234,7 +235,7 @@ def _hub_rows(name, named, part, convert, limit):
         raise PermissionError(f'{place}, and {named.hub} is gated: accept the terms on its page on '
                               'the hub, then run `hf auth login`') from None
 
-# %% ../nbs/26_data.ipynb #7c945d31
+# %% ../nbs/26_data.ipynb #58e81064
 def load_named(
     name: str, split: str = '',     # see `part_of`
     limit: int = 0,                 # keep only the first rows; 0 keeps all
@@ -256,6 +257,7 @@ def load_named(
         warnings.warn(f'{name}@{split}: {len(rows)} rows, {part.rows} by custom: another copy')
     return rows[:limit or None]
 
+# %% ../nbs/26_data.ipynb #36c5f8bc
 def load_source(
     source: str,       # a set as name@part, a .jsonl(.gz) file, or a hub dataset as a/b@split
     columns: str = '', limit: int = 0,     # of a hub dataset, as in `Config`; first rows, 0: all
@@ -344,7 +346,7 @@ def test_splits(cfg, sources: list) -> dict:     # split -> rows
         out[name] = load_source(source, cfg.columns, cfg.test_rows)
     return out
 
-# %% ../nbs/26_data.ipynb #593fd255
+# %% ../nbs/26_data.ipynb #69dd13a4
 def problem_rows(cfg) -> dict:   # of a `Config`: split -> rows
     "Splits of a word-problem run: train, validation (a tenth, by hash), and one per test file"
     rows = [r for s in cfg.train.split(',') for r in load_source(s, cfg.columns, cfg.limit)]
@@ -368,6 +370,7 @@ def problem_rows(cfg) -> dict:   # of a `Config`: split -> rows
     rows = [r for r in rows if split_of(r['problem']) != 'validation']
     return dict(train=rows, validation=held[:cfg.test_rows or 512]) | tests
 
+# %% ../nbs/26_data.ipynb #a2b13058
 def data_record(
     cfg, rows: dict,      # a `Config`; split -> rows
     tests: list = (),     # sources of the test splits; default: those of `cfg`

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Ranks', 'shape_of', 'memory', 'plan']
 
-# %% ../nbs/28_distributed.ipynb #4adbe5f4
+# %% ../nbs/28_distributed.ipynb #04e4749b
 from datetime import timedelta
 from pathlib import Path
 import copy, io, math, os, shutil, warnings
@@ -14,6 +14,7 @@ import torch.distributed as dist
 from .data import digest
 from .model import TinyLM, fresh_llama, layers
 from .presets import Config, build_task, device_of
+from .runs import saved_tokenizer
 from .vanilla import Alone
 
 # %% ../nbs/28_distributed.ipynb #5f7ae260
@@ -133,18 +134,14 @@ def _refuse(cfg, always, disk, out, world):
                          'free; name a larger disk')
     return has, free
 
-# %% ../nbs/28_distributed.ipynb #ca296f04
+# %% ../nbs/28_distributed.ipynb #c28d0c8c
 def plan(
     cfg: Config, out: Path,
     init: Path | None = None,    # saved policy to start from
 ) -> str:
     "What a run would do and need; a `ValueError` if it cannot work on this machine"
     out, world = Path(out), int(os.environ.get('WORLD_SIZE', 1))
-    tokenizer = None
-    if init and (Path(init)/'tokenizer_config.json').exists():
-        from transformers import AutoTokenizer
-        tokenizer = AutoTokenizer.from_pretrained(init)
-    task, _ = build_task(cfg, tokenizer)
+    task, _ = build_task(cfg, init and saved_tokenizer(init))
     for row in task.rows['train']: task.check(row)
     longest = max(len(task.prompt(row)) for row in task.rows['train'])
     shape = shape_of(cfg, task.vocab_size)

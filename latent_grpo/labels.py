@@ -6,7 +6,7 @@
 __all__ = ['SLOT', 'BLANK', 'PARTS', 'STAGES', 'induction_mask', 'supervision_mask', 'LabelBatch', 'split_row', 'label_batch',
            'LabelModel', 'train_labels', 'write_labels', 'load_label_model', 'sft']
 
-# %% ../nbs/27_labels.ipynb #930fae4b
+# %% ../nbs/27_labels.ipynb #417fa1bb
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -19,10 +19,9 @@ from torch import nn, Tensor
 from tqdm.auto import tqdm
 from .latent import effective_support, mix
 from .presets import build_model, build_task, device_of
-from .runs import RunLog, write_folder
+from .runs import RunLog, saved_tokenizer, write_folder
 from .sft import _rows, cosine, tokens_hash
-from .train import (FREE, _tokenizer, load_policy, same_run, save_policy,
-                               supervised_start)
+from .train import (FREE, load_policy, same_run, save_policy, supervised_start)
 
 # %% ../nbs/27_labels.ipynb #1fe28037
 def induction_mask(
@@ -42,7 +41,7 @@ def supervision_mask(
     own = (latent[:, None, :] == row) & (row > 0)
     return ((row == column) & (row >= 0) | own).tril()
 
-# %% ../nbs/27_labels.ipynb #b171d300
+# %% ../nbs/27_labels.ipynb #e83e2a40
 SLOT, BLANK = -1, -2     # place of a compress token, or of its latent; padding
 
 class LabelBatch(NamedTuple):
@@ -61,6 +60,7 @@ def split_row(
     cuts = range(0, len(chain), task.rate)
     return task.prompt(row), [chain[i:i + task.rate] for i in cuts], tail
 
+# %% ../nbs/27_labels.ipynb #d4be3e0d
 def label_batch(
     rows: list,         # from `split_row`
 ) -> LabelBatch:
@@ -115,10 +115,11 @@ class LabelModel(nn.Module):
                                    answer=losses[~chain].mean().item(),
                                    support=effective_support(weights).mean().item())
 
-# %% ../nbs/27_labels.ipynb #3bbfbd92
+# %% ../nbs/27_labels.ipynb #f65fc525
 PARTS = dict(encoder=('encoder', 'compress'), decoder=('decoder',),
              joint=('encoder', 'compress', 'decoder'))     # what each step of stage 1 trains
 
+# %% ../nbs/27_labels.ipynb #20b20f49
 def train_labels(
     model: LabelModel,      # trained in place
     task, step: str,        # encoder | decoder | joint
@@ -213,7 +214,7 @@ def load_label_model(
         model.load_state_dict(load_file(Path(out)/step/'model.safetensors'), strict=False)
     return model.eval(), task
 
-# %% ../nbs/27_labels.ipynb #1064f6a8
+# %% ../nbs/27_labels.ipynb #e546ab85
 def _learn(step, cfg, out, bar):
     "A step of stage 1, as a folder with the weights that it changed"
     n = dict(zip(PARTS, cfg.label_steps))[step]
@@ -241,7 +242,7 @@ def _train(cfg, out, bar):
     if not cfg.explicit_first: model = build_model(cfg, task).to(device_of(cfg))
     cfg = replace(cfg, labels=str(out/'label'), explicit_sft=0)
     supervised_start(model, task, cfg, out, bar)
-    save_policy(out/'train', model, cfg, _tokenizer(out/'start'))
+    save_policy(out/'train', model, cfg, saved_tokenizer(out/'start'))
 
 # %% ../nbs/27_labels.ipynb #f80ec132
 def sft(

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn, Tensor
 from torch.utils.checkpoint import checkpoint
 
-# %% ../nbs/03_model.ipynb #134832e1
+# %% ../nbs/03_model.ipynb #3d6a59a2
 class LatentLM(Protocol):
     "What latent reasoning needs from a language model (a `torch.nn.Module` with these members)"
     @property
@@ -37,6 +37,7 @@ def predecessors(
     t = torch.arange(mask.shape[-1], device=mask.device)
     return torch.where(mask & (t < t[:, None]), t, -1).amax(-1)
 
+# %% ../nbs/03_model.ipynb #6c8260b6
 def positions(
     mask: Tensor,   # [N, past + T], True at real tokens, padding is on the left; or [N, T, T]
     T: int,         # how many of the last positions are new
@@ -236,7 +237,7 @@ class HFLM(LatentModule):
             if '.lora_' not in name: out[name.replace('.base_layer.', '.')] = value.detach()
         return out
 
-# %% ../nbs/03_model.ipynb #2c669cd5
+# %% ../nbs/03_model.ipynb #95dd818a
 def pretrained(
     name: str,               # hub id, or a folder that `save_pretrained` wrote
     vocab_size: int = 0,     # ids that the tokenizer may produce
@@ -258,6 +259,7 @@ def pretrained(
         if vocab_size > rows: lm.resize_token_embeddings(vocab_size)
     return HFLM(lm, seed=seed, **switches)
 
+# %% ../nbs/03_model.ipynb #e7ef9432
 def fresh_llama(vocab_size, width, layers, heads, ff, positions, eos_id=None, seed=0, **switches):
     "A LLaMA with random weights"
     from transformers import LlamaConfig, LlamaForCausalLM

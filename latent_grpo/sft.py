@@ -78,7 +78,7 @@ def sft_loss(
     entropy = torch.special.entr(weights[real]).sum(-1).mean()
     return loss, (loss - entropy).detach()
 
-# %% ../nbs/07_sft.ipynb #2427d220
+# %% ../nbs/07_sft.ipynb #2768c9e5
 def cosine(step: int, steps: int, warmup: float = 0.05) -> float:
     "Learning-rate factor: linear warm-up, then half a cosine to zero"
     up = max(1, int(warmup * steps))
@@ -91,6 +91,7 @@ def _rows(task, more=()):
     if rows: return rows
     raise ValueError(f'{task.name}: no training row has a chain of thought (field cot)')
 
+# %% ../nbs/07_sft.ipynb #508e8f6e
 def _stream(task, latent, batch_size, gen, seed, together=32):
     "Endless batches of (prompt, steps); a task that varies its rows has them weighted and sorted"
     rows = _rows(task, task.extra)

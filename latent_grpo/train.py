@@ -7,7 +7,7 @@ __all__ = ['ARCHITECTURE', 'SETTINGS', 'FREE', 'draw_groups', 'valid_of', 'step_
            'train_rl', 'validation', 'save_policy', 'load_policy', 'load_weights', 'supervised_start',
            'failure_metrics', 'score_policy', 'prepare', 'same_run', 'processes', 'begin', 'save_best', 'run']
 
-# %% ../nbs/20_train.ipynb #7c1c9891
+# %% ../nbs/20_train.ipynb #fb802019
 from dataclasses import replace
 from pathlib import Path
 import copy, json, os, time
@@ -22,7 +22,7 @@ from .presets import (Config, build_model, build_task, device_of, parse_value,
                                  sampling_of, validate)
 from .rollout import Rollout, generate, join, select_groups
 from .runs import (RunLog, interruptible, load_checkpoint, main_process, model_card,
-                              provenance, save_checkpoint, write_folder)
+                              provenance, save_checkpoint, saved_tokenizer, write_folder)
 from .selection import beginning_logps, first_step_mask
 from .sft import train_sft, with_labels
 from .vanilla import ALONE, training_row, update
@@ -210,7 +210,7 @@ def save_policy(path: Path, model, cfg: Config, tokenizer=None):
         if tokenizer is not None: tokenizer.save_pretrained(folder)
     if main_process(): write_folder(path, write)
 
-# %% ../nbs/20_train.ipynb #9cae7f24
+# %% ../nbs/20_train.ipynb #e81b1a00
 def load_policy(
     path: Path,
     files: list = (),  # problem files or hub datasets to load instead of the run's own rows
@@ -228,7 +228,7 @@ def load_policy(
     if cfg.task == 'chains' and files:
         raise ValueError(f'{path}: this policy reads generated chains, not problem files')
     rows = test_splits(cfg, files) if files else None
-    task, _ = build_task(cfg, _tokenizer(path), rows=rows)
+    task, _ = build_task(cfg, saved_tokenizer(path), rows=rows)
     return load_weights(path, cfg, task).eval().to(where or device_of(cfg)), task, cfg
 
 # %% ../nbs/20_train.ipynb #576990c3
@@ -238,13 +238,6 @@ def load_weights(path: Path, cfg: Config, task):
     model = build_model(cfg, task)
     load_model(model, str(path/'model.safetensors'))
     return model
-
-# %% ../nbs/20_train.ipynb #799d4dd9
-def _tokenizer(path):
-    "The tokenizer in a policy's folder, if it has one"
-    if not (Path(path)/'tokenizer_config.json').exists(): return None
-    from transformers import AutoTokenizer
-    return AutoTokenizer.from_pretrained(path)
 
 # %% ../nbs/20_train.ipynb #684a37dc
 def _supervised(cfg):
@@ -326,7 +319,7 @@ def same_run(
             raise ValueError(f'{out}: holds a run with {k}={saved.get(k)!r}, not {wanted[k]!r}; '
                              'name another --out')
 
-# %% ../nbs/20_train.ipynb #a4f2f955
+# %% ../nbs/20_train.ipynb #6d56d5e5
 def processes(cfg: Config):
     "`ALONE`, or the processes that `accelerate launch` started; mixed precision needs shards too"
     if cfg.compute == 'float32' and int(os.environ.get('WORLD_SIZE', 1)) == 1: return ALONE
@@ -343,7 +336,7 @@ def begin(cfg: Config, out: Path, init: Path | None = None, bar: bool = True, ra
     ranks.gather('the start is there')
     init = Path(init) if init else out/'init'
     settings = {k: v for k, v in vars(cfg).items() if k not in ARCHITECTURE}
-    return *load_policy(init, where=where, **settings), _tokenizer(init)
+    return *load_policy(init, where=where, **settings), saved_tokenizer(init)
 
 # %% ../nbs/20_train.ipynb #6a2e3daa
 def save_best(out: Path, model, cfg: Config, tokenizer=None):

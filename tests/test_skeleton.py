@@ -41,8 +41,8 @@ ALLOWED = {
     "data": {"grading", "tasks"},
     "labels": {"latent", "presets", "runs", "sft", "train"},
     "benchmarks": {"data", "evaluate", "presets", "runs", "sampling", "train"},
-    "wordproblems": {"rollout", "sampling", "tasks"},
-    "distributed": {"data", "model", "presets", "vanilla"},
+    "wordproblems": {"data", "rollout", "sampling", "tasks"},
+    "distributed": {"data", "model", "presets", "runs", "vanilla"},
     "rehearsal": {"presets"},
 }
 
