@@ -214,14 +214,12 @@ def load_label_model(
         model.load_state_dict(load_file(Path(out)/step/'model.safetensors'), strict=False)
     return model.eval(), task
 
-# %% ../nbs/27_labels.ipynb #e546ab85
+# %% ../nbs/27_labels.ipynb #d0d3aeb1
 def _learn(step, cfg, out, bar):
     "A step of stage 1, as a folder with the weights that it changed"
-    n = dict(zip(PARTS, cfg.label_steps))[step]
-    if n < 1: raise ValueError(f'label_steps={cfg.label_steps}: nothing to train in {step}; '
-                               'add --set label_steps=ENCODER,DECODER,JOINT')
     model, task = load_label_model(cfg, out, STAGES[:STAGES.index(step)])
     log = RunLog(out/f'sft-{step}.jsonl')
+    n = dict(zip(PARTS, cfg.label_steps))[step]
     train_labels(model, task, step, n, cfg.sft_batch, cfg.label_lr, seed=cfg.seed, bar=bar,
                  log=lambda row: log(**row))
     changed = {n: p.detach().cpu() for n, p in model.named_parameters() if p.requires_grad}
@@ -236,15 +234,26 @@ def _start(cfg, out, bar):
 
 def _train(cfg, out, bar):
     "Stage 2: one model learns to produce the labels and the answer"
-    if cfg.latent_sft < 1: raise ValueError('latent_sft=0: nothing to train in stage 2; '
-                                            'add --set latent_sft=STEPS')
     model, task, _ = load_policy(out/'start', lora_rank=cfg.lora_rank)
     if not cfg.explicit_first: model = build_model(cfg, task).to(device_of(cfg))
     cfg = replace(cfg, labels=str(out/'label'), explicit_sft=0)
     supervised_start(model, task, cfg, out, bar)
     save_policy(out/'train', model, cfg, saved_tokenizer(out/'start'))
 
-# %% ../nbs/27_labels.ipynb #f80ec132
+# %% ../nbs/27_labels.ipynb #48089b9a
+def _check(cfg, out, todo, done):
+    "Refuse, before anything runs, what could not be finished"
+    steps = dict(zip(PARTS, cfg.label_steps)) | dict(label=1, train=cfg.latent_sft)
+    for i, s in enumerate(todo):
+        before = STAGES[:STAGES.index(s)]
+        missing = next((x for x in before if not done(x) and x not in todo[:i]), None)
+        if missing: raise ValueError(f'{out}: {missing} comes before {s}; run --stage {missing}, '
+                                     'or --stage all')
+        if steps[s] < 1:
+            name = 'latent_sft' if s == 'train' else 'label_steps'
+            raise ValueError(f'{name}={getattr(cfg, name)}: nothing to train in {s}; set it '
+                             'with --set')
+
 def sft(
     cfg,                   # a `Config`
     out: Path,             # folder; each stage is a folder in it
@@ -252,17 +261,14 @@ def sft(
     bar: bool = True,
 ) -> list:                 # the stages that were run now
     "Latent-SFT, whole: learn to write labels, write them, learn from them; what is there is kept"
-    out, ran = Path(out), []
+    out = Path(out)
     done = lambda s: (out/s/('manifest.json' if s == 'label' else '')).exists()
     same_run(out, cfg, FREE)
-    if not done('start'): _start(cfg, out, bar)
-    for s in STAGES if stage == 'all' else [stage]:
-        if done(s): continue
-        missing = next((x for x in STAGES[:STAGES.index(s)] if not done(x)), None)
-        if missing: raise ValueError(f'{out}: {missing} comes before {s}; run --stage {missing}, '
-                                     'or --stage all')
+    todo = [s for s in (STAGES if stage == 'all' else [stage]) if not done(s)]
+    _check(cfg, out, todo, done)
+    if todo and not done('start'): _start(cfg, out, bar)
+    for s in todo:
         if s == 'label': write_labels(*load_label_model(cfg, out, STAGES[:3]), out/'label', bar=bar)
         elif s == 'train': _train(cfg, out, bar)
         else: _learn(s, cfg, out, bar)
-        ran.append(s)
-    return ran
+    return todo

@@ -300,9 +300,11 @@ def test_stage_2_learns_the_labels_of_the_encoder(tmp_path):
 @pytest.mark.parametrize("stage, settings, said", [
     ("joint", {}, "encoder comes before joint"),
     ("encoder", dict(label_steps=(0, 1, 1)), "nothing to train in encoder"),
-    ("all", dict(latent_sft=0), "latent_sft=0")])
+    ("all", dict(latent_sft=0), "latent_sft=0"),
+    ("label", dict(label_steps=(1, 1, 1)), "encoder comes before label")])
 def test_what_cannot_run_is_said(stage, settings, said, tmp_path):
     with pytest.raises(ValueError, match=said): sft(config(**SMALL | settings), tmp_path, stage, bar=False)
+    assert not (tmp_path / "start").exists()      # before anything was trained
 
 
 def test_three_steps_are_three_numbers():
