@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['LONG', 'Rollout', 'step_inputs', 'pad_left', 'generate', 'replay_states', 'replay_logps', 'select_groups', 'join']
 
-# %% ../nbs/06_rollout.ipynb #0a49f210
+# %% ../nbs/06_rollout.ipynb #bf0de4f4
 from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from .latent import mix
-from .sampling import (PAD, LATENT, END, TEXT, FORCED, Sampling, draw_step,
+from .sampling import (PAD, LATENT, END, TEXT, FORCED, Sampling, draw_scored,
                                   mixture_weights, noise_keys, score_steps)
 
 # %% ../nbs/06_rollout.ipynb #b3c376fe
@@ -101,7 +101,7 @@ class _Phase:
         self.thinking = self.thinking & (kind == LATENT)
     def select(self, rows): self.thinking, self.owed = self.thinking[rows], self.owed[rows]
 
-# %% ../nbs/06_rollout.ipynb #691b7903
+# %% ../nbs/06_rollout.ipynb #f5818c60
 @torch.no_grad()
 def generate(
     model,                    # a `LatentLM`
@@ -121,38 +121,42 @@ def generate(
     prompt_ids, prompt_mask, logits, cache = _read_prompts(model, prompts, G)
     rows = torch.arange(N, device=device) if rows is None else rows.to(device)
     sampling = replace(sampling, end_id=end_latent_ids[0])
-    mask, phase = prompt_mask.repeat_interleave(G, 0), _Phase(N, thinking, end_latent_ids, device)
-    alive, ended = torch.arange(N, device=device), torch.zeros(N, dtype=torch.bool)
-    now, record = sampling, []
+    phase, P = _Phase(N, thinking, end_latent_ids, device), prompt_ids.shape[1]
+    mask = torch.cat([prompt_mask.repeat_interleave(G, 0), prompt_mask.new_ones(N, max_steps)], 1)
+    alive, ended = torch.arange(N, device=device), torch.zeros(N, dtype=torch.bool, device=device)
+    now, record, over = sampling, [], ended.clone()     # over: has ended, but is still carried
     for t in range(max_steps):
-        ids, scores, kind = draw_step(logits, noise_keys(seed, rows[alive], t), phase.thinking, now)
+        keys = noise_keys(seed, rows[alive], t)
+        ids, scores, kind, logps = draw_scored(logits, keys, phase.thinking, now)
         if edit: ids, scores, kind = edit(t, alive, ids, scores, kind)
         phase.force(ids, kind)
-        record.append((alive, ids, scores, kind, score_steps(logits, ids, scores, kind, now)))
+        if edit: logps = score_steps(logits, ids, scores, kind, now)
+        record.append((alive, ids, scores, kind.masked_fill(over, PAD), logps))
         phase.advance(kind)
-        done = (kind == TEXT) & (ids[:, 0] == eos_id)
-        ended[alive[done].cpu()] = True
-        if done.all() or t == max_steps - 1: break
+        over = over | ((kind == TEXT) & (ids[:, 0] == eos_id))
+        ended[alive[over]] = True
+        if (n := int(over.sum())) == len(over) or t == max_steps - 1: break
         inputs = step_inputs(model.embed, ids, scores, kind, now)
-        if done.any():
-            keep = (~done).nonzero().flatten()
-            alive, inputs, mask = alive[keep], inputs[keep], mask[keep]
+        if 4 * n >= len(over):                  # a quarter has ended: they leave the batch
+            keep = (~over).nonzero().flatten()
+            alive, inputs, mask, over = alive[keep], inputs[keep], mask[keep], over[keep]
             now = sampling.select(alive)
             phase.select(keep); cache.batch_select_indices(keep)
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-        hidden, cache = model.hidden(inputs[:, None], mask, cache, use_cache=True)
+        hidden, cache = model.hidden(inputs[:, None], mask[:, :P + t + 1], cache, use_cache=True)
         logits = model.head(hidden[:, -1])
-    return _assemble(record, prompt_ids, prompt_mask, ended.to(device), rows, seed)
+    return _assemble(record, prompt_ids, prompt_mask, ended, rows, seed)
 
-# %% ../nbs/06_rollout.ipynb #1771e57d
+# %% ../nbs/06_rollout.ipynb #7facb497
 def _assemble(record, prompt_ids, prompt_mask, ended, rows, seed) -> Rollout:
-    "Join the steps, each of which knows which rows were alive"
+    "Join the steps, each of which knows its rows, and (by PAD) those that had ended"
     N, T, S = len(rows), len(record), record[0][1].shape[1]
     out = dict(ids=torch.zeros(N, T, S, dtype=torch.long), scores=torch.full((N, T, S), -torch.inf),
                kind=torch.full((N, T), PAD), logps=torch.zeros(N, T))
     out = {k: v.to(prompt_ids.device) for k, v in out.items()}
-    for t, (alive, *values) in enumerate(record):
-        for name, value in zip(out, values): out[name][alive, t] = value
+    for t, (alive, ids, scores, kind, logps) in enumerate(record):
+        logps, live = logps.masked_fill(kind == FORCED, 0), (kind != PAD).nonzero()[:, 0]
+        for name, value in zip(out, (ids, scores, kind, logps)):
+            out[name][alive[live], t] = value[live]
     if not out['logps'].isfinite().all():
         raise ValueError('logits: the model gave values that are not finite; '
                          'the policy has diverged or its weights are broken')
