@@ -23,13 +23,16 @@ from .sampling import Sampling
 from .train import load_policy, prepare, run, same_run, score_policy
 from .vanilla import Update
 
-# %% ../nbs/22_compare.ipynb #34ccc26e
+# %% ../nbs/22_compare.ipynb #cfe6b147
 NAMES = {'explicit-start': 'explicit SFT', 'latent-start': 'initialisation',
          'explicit': 'explicit GRPO', 'vanilla': 'vanilla latent GRPO',
          'masked': 'masking alone', 'one-sided': 'one-sided noise alone',
          'first-token': 'first-token selection alone',
          'paper': 'Latent-GRPO (paper)', 'released': 'Latent-GRPO (released)',
-         'exact': 'exact score (ours)', 'centred': 'centred score (ours)'}
+         'exact': 'exact score (ours)', 'centred': 'centred score (ours)',
+         'concrete': 'top-K Concrete score', 'soft-grpo': "SofT-GRPO's sampler",
+         'multiplex': 'multiplex mixtures',
+         'dr-grpo': 'Dr. GRPO advantages', 'rloo': 'RLOO advantages'}
 CURVES = ('reward', 'invalid', 'support', 'validation', 'kl')    # kept of every step's log
 
 # %% ../nbs/22_compare.ipynb #7b00daba
@@ -74,10 +77,10 @@ def _method(cfg: Config, out: Path, init: Path):
 
 def _one_thread(): torch.set_num_threads(1)
 
-# %% ../nbs/22_compare.ipynb #956f1fec
+# %% ../nbs/22_compare.ipynb #931f67e8
 # settings that a supervised start does not depend on
 _AFTER = _UPDATE | {f.name for f in fields(Sampling)} | {
-    'group_size', 'max_steps', 'noise', 'delta', 'masking', 'overlong', 'selection',
+    'group_size', 'max_steps', 'noise', 'delta', 'masking', 'overlong', 'selection', 'advantage',
     'eval_samples', 'eval_max_steps'}
 _LATENT = {'rate', 'sharpness', 'latent_sft', 'label_noise', 'label_noise_share'}
 

@@ -231,7 +231,7 @@ def _closure(model, task, rows, r, right, sampling):
                 closure_js=far['js'].mean().item(),
                 closure_control=(near['each'] - near['mean']).mean().item())
 
-# %% ../nbs/16_zero_mean.ipynb #8c489475
+# %% ../nbs/16_zero_mean.ipynb #a86a4f01
 def diagnose(
     model, reference, task,
     rows: list,           # held-out problems
@@ -247,14 +247,16 @@ def diagnose(
     if not r.latent_mask.any(): return {}
     R = torch.tensor([task.reward(rows[i // group_size], r.tokens(i), ended)
                       for i, ended in enumerate(r.ended.tolist())]).view(len(rows), -1)
-    support = replace(sampling, score='published', clip=sampling.clip or (-1.5, 3.))
-    D = rollout_deviation(reference, r, sampling, support)
-    margins, row = component_margins(model, r, sampling)
-    A = group_advantages(R).flatten().to(margins.device)[row][:, None]
+    out = {}
+    if sampling.score != 'multiplex':    # which perturbs nothing: it has neither edge nor margins
+        support = replace(sampling, score='published', clip=sampling.clip or (-1.5, 3.))
+        D = rollout_deviation(reference, r, sampling, support)
+        margins, row = component_margins(model, r, sampling)
+        A = group_advantages(R).flatten().to(margins.device)[row][:, None]
+        out = dict(deviation=D.mean().item(), off_manifold=off_manifold(D),
+                   misaligned=misalignment_rate(margins, A, sampling.estimator))
     h = replay_states(model, r, sampling)[r.latent_mask]
     logits = model.head(h[::max(1, len(h) // states)][:states]).detach()
     leaks = [baseline_leak(score_gradients(x, sampling, 500)) for x in logits]
-    return dict(deviation=D.mean().item(), off_manifold=off_manifold(D),
-                misaligned=misalignment_rate(margins, A, sampling.estimator),
-                leak=sum(leaks) / len(leaks),
-                **_closure(model, task, rows, r, R.to(D.device) == 1, sampling))
+    return dict(**out, leak=sum(leaks) / len(leaks),
+                **_closure(model, task, rows, r, R.to(r.kind.device) == 1, sampling))

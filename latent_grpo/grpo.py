@@ -9,11 +9,12 @@ __all__ = ['group_advantages', 'ppo_terms', 'step_weights', 'kl_k3']
 import torch
 from torch import Tensor
 
-# %% ../nbs/08_grpo.ipynb #f61db8e4
+# %% ../nbs/08_grpo.ipynb #9ce9c27a
 def group_advantages(
     rewards: Tensor,               # [B, G]
     counted: Tensor | None = None, # [B, G] bool: rollouts that enter mean and std; default all
     eps: float = 1e-6,
+    how: str = 'grpo',             # or undivided: 'dr-grpo' | 'rloo' (lesson 34)
 ) -> Tensor:                       # [B, G]; 0 where not counted
     "Rewards relative to their group, in units of its standard deviation (paper, section 3)"
     if rewards.shape[1] < 2:
@@ -22,6 +23,9 @@ def group_advantages(
     counted = torch.ones_like(rewards, dtype=torch.bool) if counted is None else counted
     n = counted.sum(1, keepdim=True)
     mean = (rewards * counted).sum(1, keepdim=True) / n.clamp(min=1)
+    if how == 'dr-grpo': return (rewards - mean) * counted * (n > 1)
+    if how == 'rloo': return (rewards - mean) * counted * (n / (n - 1).clamp(min=1)) * (n > 1)
+    if how != 'grpo': raise ValueError(f"advantage={how!r}: choose 'grpo', 'dr-grpo' or 'rloo'")
     var = (((rewards - mean) * counted)**2).sum(1, keepdim=True) / (n - 1).clamp(min=1)
     return (rewards - mean) / (var.sqrt() + eps) * counted * (n > 1)
 

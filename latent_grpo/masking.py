@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from .grpo import group_advantages
 
-# %% ../nbs/13_masking.ipynb #5598b1ec
+# %% ../nbs/13_masking.ipynb #043efb79
 def valid_rollouts(
     ended: Tensor,       # [N] the end of text came
     lengths: Tensor,     # [N] steps
@@ -26,9 +26,10 @@ def masked_advantages(
     rewards: Tensor,     # [B, G]
     valid: Tensor,       # [B, G] bool
     variant: str = 'paper',   # 'off' (plain GRPO) | 'paper' | 'released' (statistics over all)
+    how: str = 'grpo',        # see `group_advantages`
 ) -> Tensor:             # [B, G]
     "Group advantages with invalid rollouts masked (paper, Eq. 10-11)"
-    if variant == 'off': return group_advantages(rewards)
-    if variant == 'paper': return group_advantages(rewards, valid)
-    if variant == 'released': return group_advantages(rewards) * valid
+    if variant == 'off': return group_advantages(rewards, how=how)
+    if variant == 'paper': return group_advantages(rewards, valid, how=how)
+    if variant == 'released': return group_advantages(rewards, how=how) * valid
     raise ValueError(f"masking={variant!r}: choose 'off', 'paper' or 'released'")

@@ -18,7 +18,7 @@ from .sampling import Sampling
 from .tasks import Task, chain_task
 from .vanilla import Update
 
-# %% ../nbs/18_presets.ipynb #8074db5b
+# %% ../nbs/18_presets.ipynb #28f2112f
 @dataclass
 class Config(Update):
     "All settings of a run; the paper's fixes are off (see `METHODS`), sources in `PRESETS`"
@@ -93,6 +93,7 @@ class Config(Update):
     masking: str = 'off'
     overlong: str = 'unfinished'
     selection: str = 'off'
+    advantage: str = 'grpo'     # grpo | dr-grpo | rloo
     # --- optimisation ---
     lr: float = 1e-6
     weight_decay: float = 0.01
@@ -104,36 +105,31 @@ class Config(Update):
     tracker: str = ''           # tensorboard | trackio, beside log.jsonl
     seed: int = 0
 
-# %% ../nbs/18_presets.ipynb #15be35df
-_TOY, _PAPER, _SCRIPT = 'ours, chosen for a 2-core CPU', 'paper, appendix', 'released scripts'
+# %% ../nbs/18_presets.ipynb #938f0823
+_TOY, _PAPER = 'ours, chosen for a 2-core CPU', 'paper, appendix'
 
 PRESETS = {
     'toy': dict(
         task=('chains', _TOY), model=('tiny', _TOY), train_rows=(8000, _TOY), test_rows=(512, _TOY),
-        explicit_sft=(640, 'ours: meant to stop before the toy is solved'),
-        latent_sft=(1000, _TOY), explicit_first=(False, _TOY), label_steps=((100, 50, 150), _TOY),
-        sft_batch=(64, _TOY), sft_lr=(4e-3, _TOY), label_lr=(2e-3, _TOY),
+        explicit_sft=(640, 'ours: meant to stop before the toy is solved'), latent_sft=(1000, _TOY),
+        explicit_first=(False, _TOY), label_steps=((100, 50, 150), _TOY), sft_batch=(64, _TOY),
+        sft_lr=(4e-3, _TOY), label_lr=(2e-3, _TOY),
         top_k=(4, 'ours: labels have two or three parts'),
         max_steps=(56, 'ours: an explicit chain needs up to 51'),
-        temperature=(1.0, 'ours: no truncation in so small a vocabulary'),
-        text_top_p=(1.0, _TOY), text_top_k=(0, _TOY),
-        noise_scale=(0.5, 'ours; the paper has 1'),
-        prompts=(96, _TOY), max_extra=(0, _TOY), minibatches=(2, _TOY),
-        lr=(1e-4, _TOY), weight_decay=(0.0, _TOY), steps=(60, _TOY), eval_every=(15, _TOY),
-        save_every=(20, _TOY)),
+        temperature=(1.0, 'ours: no truncation in so small a vocabulary'), text_top_p=(1.0, _TOY),
+        text_top_k=(0, _TOY), noise_scale=(0.5, 'ours; the paper has 1'), prompts=(96, _TOY),
+        max_extra=(0, _TOY), minibatches=(2, _TOY), lr=(1e-4, _TOY), weight_decay=(0.0, _TOY),
+        steps=(60, _TOY), eval_every=(15, _TOY), save_every=(20, _TOY)),
     'gsm8k-tiny': dict(
         task=('problems', 'ours'), model=('scratch', 'ours'),
-        drop=('in_aug_valid', 'rows of the validation file'),
-        width=(128, 'ours'), layers=(3, 'ours'), ff=(352, 'ours'), vocab_size=(2000, 'ours'),
-        rate=(2, 'paper: r = 2'), max_prompt=(384, 'ours: holds every GSM8K problem'),
-        max_steps=(96, 'ours'), test_rows=(0, 'ours: all'),
-        explicit_sft=(800, 'ours'), latent_sft=(800, 'ours'),
-        sft_batch=(32, 'ours'), sft_lr=(1e-3, 'ours'),
-        noise_scale=(0.5, 'ours'), prompts=(24, 'ours'), groups=(8, 'ours'),
-        max_extra=(1, 'ours'), minibatches=(1, 'ours'),
-        lr=(1e-5, 'ours'), steps=(10, 'ours'), top_k=(6, 'ours'),
-        temperature=(1.0, 'ours'), text_top_p=(1.0, 'ours'), text_top_k=(0, 'ours'),
-        save_every=(5, 'ours')),
+        drop=('in_aug_valid', 'rows of the validation file'), width=(128, 'ours'),
+        layers=(3, 'ours'), ff=(352, 'ours'), vocab_size=(2000, 'ours'), rate=(2, 'paper: r = 2'),
+        max_prompt=(384, 'ours: holds every GSM8K problem'), max_steps=(96, 'ours'),
+        test_rows=(0, 'ours: all'), explicit_sft=(800, 'ours'), latent_sft=(800, 'ours'),
+        sft_batch=(32, 'ours'), sft_lr=(1e-3, 'ours'), noise_scale=(0.5, 'ours'),
+        prompts=(24, 'ours'), groups=(8, 'ours'), max_extra=(1, 'ours'), minibatches=(1, 'ours'),
+        lr=(1e-5, 'ours'), steps=(10, 'ours'), top_k=(6, 'ours'), temperature=(1.0, 'ours'),
+        text_top_p=(1.0, 'ours'), text_top_k=(0, 'ours'), save_every=(5, 'ours')),
     'gsm8k-scratch': dict(       # about 100 million weights: for one GPU, not run yet
         task=('problems', 'ours'), model=('scratch', 'ours'),
         train=('gsm8k@train-eq', 'GSM8K with its equations as chains'),
@@ -150,16 +146,14 @@ PRESETS = {
         eval_every=(50, 'ours'), save_every=(50, 'ours')),
     'wordproblems': dict(
         task=('wordproblems', 'ours: real files, see lesson 30'), model=('tiny', _TOY),
-        width=(128, _TOY), layers=(3, _TOY), ff=(352, _TOY),
-        rate=(2, 'paper: r = 2'), max_prompt=(256, 'ours: holds every problem'),
-        max_steps=(48, 'ours: an explicit chain needs up to 40'),
-        test_rows=(0, 'ours: all'),
+        width=(128, _TOY), layers=(3, _TOY), ff=(352, _TOY), rate=(2, 'paper: r = 2'),
+        max_prompt=(256, 'ours: holds every problem'),
+        max_steps=(48, 'ours: an explicit chain needs up to 40'), test_rows=(0, 'ours: all'),
         explicit_sft=(3000, _TOY), latent_sft=(1800, _TOY), sft_batch=(24, _TOY),
         sft_lr=(2e-3, _TOY), label_noise=(0.5, 'ours; the paper has 1'),
-        noise_scale=(0.5, 'ours; the paper has 1'), top_k=(6, _TOY),
-        temperature=(1.0, _TOY), text_top_p=(1.0, _TOY), text_top_k=(0, _TOY),
-        prompts=(48, _TOY), max_extra=(0, _TOY), minibatches=(1, _TOY),
-        lr=(1e-4, _TOY), weight_decay=(0.0, _TOY), steps=(30, _TOY),
+        noise_scale=(0.5, 'ours; the paper has 1'), top_k=(6, _TOY), temperature=(1.0, _TOY),
+        text_top_p=(1.0, _TOY), text_top_k=(0, _TOY), prompts=(48, _TOY), max_extra=(0, _TOY),
+        minibatches=(1, _TOY), lr=(1e-4, _TOY), weight_decay=(0.0, _TOY), steps=(30, _TOY),
         eval_samples=(2, _TOY)),
     'paper-low': dict(
         task=('problems', _PAPER),
@@ -191,7 +185,7 @@ PRESETS = {
         save_every=(20, 'ours'), eval_every=(20, 'ours')),
 }
 
-# %% ../nbs/18_presets.ipynb #aab74796
+# %% ../nbs/18_presets.ipynb #45d63415
 METHODS = {
     'explicit': dict(latent=False),
     'vanilla': dict(noise='two-sided', estimator='none', masking='off', selection='off'),
@@ -204,14 +198,19 @@ METHODS = {
                      text_score='full'),
     'exact': dict(score='exact', clip=None, masking='paper'),
     'centred': dict(noise='one-sided', centre_draws=8, masking='paper'),
+    'concrete': dict(score='concrete', clip=None, masking='paper'),      # from here on: lesson 34
+    'soft-grpo': dict(gumbel_tau=0.1),
+    'multiplex': dict(score='multiplex', clip=None, noise_scale=1.0, top_p=1.0),
+    'dr-grpo': dict(advantage='dr-grpo', aggregation='seq-mean-token-sum'),
+    'rloo': dict(advantage='rloo'),
 }
 
-# %% ../nbs/18_presets.ipynb #2ecada53
+# %% ../nbs/18_presets.ipynb #ab74e22a
 CHOICES = dict(task=('chains', 'problems', 'wordproblems'),
                prompt_style=('plain', 'low', 'high'),
                dtype=('float32', 'bfloat16'), compute=('float32', 'bfloat16'),
                noise=('two-sided', 'one-sided'), tracker=('', 'tensorboard', 'trackio'),
-               masking=('off', 'paper', 'released'),
+               masking=('off', 'paper', 'released'), advantage=('grpo', 'dr-grpo', 'rloo'),
                overlong=('unfinished', 'length'), selection=('off', 'paper', 'released'),
                aggregation=('token-mean', 'seq-mean-token-mean', 'seq-mean-token-sum'))
 

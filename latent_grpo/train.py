@@ -74,7 +74,7 @@ def _summary(drawn):
                 latent_length=mean('latent_length'), text_length=mean('text_length'),
                 support=mean('support') if flat('support') else 1., draws=len(drawn))
 
-# %% ../nbs/20_train.ipynb #fc3d2ed0
+# %% ../nbs/20_train.ipynb #2bc38bec
 def step_advantages(
     r: Rollout,
     rewards: Tensor,   # [B, G]
@@ -82,7 +82,7 @@ def step_advantages(
 ) -> Tensor:           # [N, T]; 0 outside of the actions
     "Advantage of every step: masking, then broadcasting, then first-token selection"
     rewards = rewards.to(r.kind.device)
-    A = masked_advantages(rewards, valid_of(r, cfg), cfg.masking)
+    A = masked_advantages(rewards, valid_of(r, cfg), cfg.masking, cfg.advantage)
     steps = A.flatten()[:, None] * r.action_mask
     if cfg.latent:
         liking = beginning_logps(r.logps, r.action_mask, cfg.selection).view_as(A)

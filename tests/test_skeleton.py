@@ -19,7 +19,8 @@ ALLOWED = {
     "grading": set(),
     "model": set(),
     "latent": set(),
-    "sampling": set(),
+    "sampling": {"peers"},
+    "peers": set(),
     "rollout": {"latent", "sampling"},
     "sft": {"latent", "model", "sampling", "rollout", "tasks"},
     "vanilla": {"grpo", "rollout", "sampling"},
@@ -49,7 +50,8 @@ ALLOWED = {
 # Edges to a later notebook: the import stands inside a function. (importer, imported): why
 LATE = {("cli", "benchmarks"): "the command line is older than the benchmarks that it starts",
         ("cli", "labels"): "and than the labels that it has written",
-        ("presets", "wordproblems"): "real word problems are one of the tasks that it builds"}
+        ("presets", "wordproblems"): "real word problems are one of the tasks that it builds",
+        ("sampling", "peers"): "two scores of other papers are drawn and scored by the same functions"}
 LATE |= {("train", "distributed"): "the loop of one process is older than several",
          ("cli", "distributed"): "a run says its plan first"}
 LATE |= {(earlier, "data"): "runs name, check and hash their problems; lesson 26 says which and why"
