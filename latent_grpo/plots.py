@@ -247,21 +247,23 @@ def curve(record: dict,  # from `results`
     pick = lambda values: [values[i] for i in at]
     return np.array(pick(runs[0]['step'])), np.array([pick(r[column]) for r in runs], dtype=float)
 
-# %% ../nbs/21_plots.ipynb #ddb2cc1b
+# %% ../nbs/21_plots.ipynb #89a6c339
 PARTS = {'I  latent reasoning': 'tasks grading model latent sampling rollout sft'.split(),
          'II  reinforcement learning': 'grpo vanilla'.split(),
          'III  failures and fixes': 'manifold misalignment closure masking noise selection '
                                     'zero_mean'.split(),
          'IV  measured and used': 'evaluate presets runs train plots compare released explore '
                                   'cli'.split(),
-         'V  at scale': 'data labels distributed benchmarks wordproblems gsm8k_1b dapo_7b'.split()}
+         'V  at scale': 'data labels distributed benchmarks wordproblems gsm8k_1b dapo_7b '
+                   'cost'.split(),
+         'VI  verdicts': 'peers study verdicts'.split()}
 
 def roadmap(here: str, # name of a lesson, without its number
            ):          # a matplotlib figure
     "The lessons of the series in their parts, with one box lit"
     plt, number = _pyplot(), 0
     if here not in sum(PARTS.values(), []): raise ValueError(f"no lesson {here!r} in {PARTS}")
-    fig, ax = plt.subplots(figsize=(12, 2), dpi=80)
+    fig, ax = plt.subplots(figsize=(12, 2.4), dpi=80)
     for row, (part, names) in enumerate(PARTS.items()):
         ax.text(0, -row, part, va='center', fontsize=8.5, color='#444444')
         for column, name in enumerate(names):
@@ -271,6 +273,6 @@ def roadmap(here: str, # name of a lesson, without its number
                                        fc='#0B3C5D' if lit else '#F2F2F2'))
             ax.text(left + .57, -row, f"{number:02d} {name.replace('_', ' ')}", ha='center',
                     va='center', fontsize=6.5, color='white' if lit else '#222222')
-    ax.set(xlim=(0, 13.6), ylim=(-4.5, .5))
+    ax.set(xlim=(0, 13.6), ylim=(-5.5, .5))
     ax.axis('off')
     return fig

@@ -4,18 +4,21 @@
 
 # %% auto #0
 __all__ = ['SEARCH_SEEDS', 'SEEDS', 'RATES', 'MAIN', 'PEERS', 'LESS', 'STARTS', 'SHORT', 'TOYS', 'AXES', 'STUDIES', 'Cell', 'Arm',
-           'grid_cells', 'arms', 'measure', 'run_row', 'read_table', 'write_table', 'chosen_rates', 'split_mean',
-           'best_mean', 'study', 'report']
+           'grid_cells', 'arms', 'measure', 'run_row', 'read_table', 'write_table', 'committed_rows', 'chosen_rates',
+           'split_mean', 'best_mean', 'study', 'report']
 
-# %% ../nbs/35_study.ipynb #ac076933
+# %% ../nbs/35_study.ipynb #80db177d
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from urllib.request import urlopen
 import gzip, json
 import numpy as np
 from .benchmarks import Protocol, run_protocol
 from .compare import Job, _method, run_jobs
+from .plots import RESULTS
 from .presets import Config
 from .train import ARCHITECTURE, failure_metrics, load_policy, score_policy
 
@@ -56,7 +59,7 @@ SHORT = tuple(c for c in MAIN if c.name in ('vanilla', 'paper', 'exact', 'centre
 TOYS = {'toy': {}, 'peaked': dict(sharpness=4.), 'modulus 13': dict(modulus=13),
         'modulus 13, peaked': dict(modulus=13, sharpness=4.)}
 
-# %% ../nbs/35_study.ipynb #4fe98ccb
+# %% ../nbs/35_study.ipynb #6aff2d99
 def grid_cells() -> tuple:
     "Score x noise side x estimator x masking x first token, where the combination means something"
     out = []
@@ -65,12 +68,13 @@ def grid_cells() -> tuple:
             ('none', 'aligned', 'released'), ('off', 'paper'), ('off', 'paper')):
         if score != 'published' and estimator != 'none': continue    # made for the published one
         if score == 'exact' and noise == 'one-sided': continue       # the shift drops out of it
-        own = dict(exact=dict(score='exact', clip=None), centred=dict(centre_draws=8)).get(score, {})
+        own = dict(exact=dict(score='exact', clip=None), centred=dict(centre_draws=8))
         settings = dict(noise=noise, estimator=estimator, masking=masking, selection=selection)
-        out.append(Cell(', '.join([score, *settings.values()]), 'vanilla', settings | own))
+        name = ', '.join([score, *settings.values()])
+        out.append(Cell(name, 'vanilla', settings | own.get(score, {})))
     return tuple(out)
 
-# %% ../nbs/35_study.ipynb #069b69d6
+# %% ../nbs/35_study.ipynb #5cec1725
 AXES = dict(lr=(1e-6, 1e-5, 3e-5, 3e-4), noise_scale=(.25, 1.), top_k=(2, 6), top_p=(.8,),
             sharpness=(2.,), epochs=(3,), kl_coef=(.01, .1), max_steps=(16, 20), group_size=(4, 16))
 
@@ -81,8 +85,9 @@ def _tuned(cells, rates):
 
 def _without_start(cells):
     "The same from the explicit policy: without and with Latent-SFT"
-    return tuple(replace(c, name=f'{c.name}{", no Latent-SFT" * (not n)}',
-                         settings=c.settings | dict(latent_sft=n)) for c in cells for n in (0, 1000))
+    named = lambda c, n: c.name if n else f'{c.name}, no Latent-SFT'
+    return tuple(replace(c, name=named(c, n), settings=c.settings | dict(latent_sft=n))
+                 for c in cells for n in (0, 1000))
 
 def _ladder(rates):
     "Main methods on other toys, and from a start without Latent-SFT"
@@ -91,9 +96,10 @@ def _ladder(rates):
     return [*(Arm(name, cells, SEEDS[:5], TOYS[name]) for name in list(TOYS)[1:]),
             Arm('from explicit', short, SEEDS[:5], dict(explicit_first=True))]
 
-# %% ../nbs/35_study.ipynb #e086eea2
+# %% ../nbs/35_study.ipynb #88db799d
 STUDIES = { # name -> learning rates of the search -> arms
-    'search': lambda rates: [Arm(f'lr {x:g}', MAIN + PEERS, SEARCH_SEEDS, dict(lr=x)) for x in RATES],
+    'search': lambda rates: [Arm(f'lr {x:g}', MAIN + PEERS, SEARCH_SEEDS, dict(lr=x))
+                             for x in RATES],
     'toy': lambda rates: [Arm('toy', _tuned(MAIN + LESS + PEERS, rates), SEEDS)],
     'ladder': _ladder,
     'grid': lambda rates: [Arm('grid', grid_cells(), SEEDS[:4])],
@@ -167,7 +173,7 @@ def run_row(study: str, arm: Arm, cell: str, job: Job, result: dict) -> dict:
                 pass_at={k: ' '.join(map(str, v)) for k, v in s.get('pass_at', {}).items()} or None)
     return row | {k: v for k, v in more.items() if v}
 
-# %% ../nbs/35_study.ipynb #11ebd814
+# %% ../nbs/35_study.ipynb #182a9962
 def read_table(path: Path) -> list:    # of rows, as from `run_row`
     "The lines of a results table, plain or compressed; a line that was being written is dropped"
     if not path.exists(): return []
@@ -183,6 +189,15 @@ def write_table(rows: list, path: Path):
     order = lambda r: (r['study'], r['arm'], r['seed'], r['cell'])
     text = ''.join(json.dumps(r) + '\n' for r in sorted(rows, key=order))
     path.write_bytes(gzip.compress(text.encode(), mtime=0))
+
+def committed_rows() -> list:
+    "The rows of the project's own table: from this repository, or fetched"
+    name = 'docs/results/study.jsonl.gz'
+    for folder in (Path.cwd(), *Path.cwd().parents):
+        if (folder/name).exists(): return read_table(folder/name)
+    with TemporaryDirectory() as folder, urlopen(RESULTS + 'study.jsonl.gz') as file:
+        (Path(folder)/'t.gz').write_bytes(file.read())
+        return read_table(Path(folder)/'t.gz')
 
 def _key(row): return row['study'], row['arm'], row['cell'], row['seed']
 
@@ -207,7 +222,7 @@ def best_mean(row: dict) -> float:
     last = split_mean(row['scores'], 'noise_free', 'pass1')
     return float(np.mean([s['pass1'] for s in row['best'].values()])) if 'best' in row else last
 
-# %% ../nbs/35_study.ipynb #3836e6ec
+# %% ../nbs/35_study.ipynb #626b5611
 def study(
     name: str,              # a key of `STUDIES`
     table: Path,            # compressed results table: what it holds is not run again
@@ -229,7 +244,8 @@ def study(
             jobs[job.folder] = (job, cell.name)
 
         def each(job, result, arm=arm, jobs=jobs):
-            cell = jobs[job.folder][1] if job.folder in jobs else job.method
+            own = [f'{k} {v}' for k, v in job.vary.items() if k not in arm.settings]
+            cell = jobs[job.folder][1] if job.folder in jobs else ', '.join([job.method, *own])
             row = run_row(name, arm, cell, job, result)
             rows[_key(row)] = row
             with open(out/'rows.jsonl', 'a') as file: file.write(json.dumps(row) + '\n')
@@ -239,7 +255,7 @@ def study(
         write_table(list(rows.values()), table)
     return [r for r in rows.values() if r['study'] == name]
 
-# %% ../nbs/35_study.ipynb #98bd6444
+# %% ../nbs/35_study.ipynb #9e5a31d7
 def report(name: str, table: Path) -> str:
     "The tables of a study: a line per arm and cell, means over seeds in %"
     lines, rows = [], [r for r in read_table(table) if r['study'] == name]
@@ -253,7 +269,7 @@ def report(name: str, table: Path) -> str:
             best = np.mean([best_mean(r) for r in runs])
             spread = np.std(free, ddof=1) if len(free) > 1 else 0.
             steps = drawn('latent_length') + drawn('text_length')
-            lines.append(f"{cell:24}{len(runs):5}  {100 * np.mean(free):8.1f} +- {100 * spread:4.1f}"
-                         f"  {100 * best:5.1f}  {100 * drawn('pass1'):7.1f}  {steps:5.1f}  "
-                         f"{drawn('kl'):.3f}")
+            lines.append(
+                f"{cell:24}{len(runs):5}  {100 * np.mean(free):8.1f} +- {100 * spread:4.1f}  "
+                f"{100 * best:5.1f}  {100 * drawn('pass1'):7.1f}  {steps:5.1f}  {drawn('kl'):.3f}")
     return '\n'.join(lines) or f'{table}: holds no run of {name}'
