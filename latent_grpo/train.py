@@ -287,7 +287,7 @@ def score_policy(
                                                         task.rows[split][:128], seed)
     return out
 
-# %% ../nbs/20_train.ipynb #87ef803a
+# %% ../nbs/20_train.ipynb #43754518
 def prepare(
     cfg: Config, out: Path, bar: bool = True,
     explicit: Path | None = None,    # a saved policy that stands for the explicit SFT
@@ -312,10 +312,11 @@ def same_run(
     if not (out/'config.json').exists():
         out.mkdir(parents=True, exist_ok=True)
         (out/'config.json').write_text(json.dumps(wanted, indent=1))
-    saved = json.loads((out/'config.json').read_text())
+    saved = json.loads(json.dumps(vars(Config())))      # of settings that are younger than the run
+    saved |= json.loads((out/'config.json').read_text())
     for k in wanted:
-        if k not in free and saved.get(k) != wanted[k]:
-            raise ValueError(f'{out}: holds a run with {k}={saved.get(k)!r}, not {wanted[k]!r}; '
+        if k not in free and saved[k] != wanted[k]:
+            raise ValueError(f'{out}: holds a run with {k}={saved[k]!r}, not {wanted[k]!r}; '
                              'name another --out')
 
 # %% ../nbs/20_train.ipynb #6d56d5e5

@@ -367,6 +367,18 @@ def test_a_kept_run_of_a_comparison_must_have_the_same_settings(tmp_path):
         _finished(tmp_path, cfg)
 
 
+def test_a_run_from_before_a_setting_existed_counts_as_its_default(tmp_path):
+    from latent_grpo.train import same_run
+    cfg = config(steps=1)
+    same_run(tmp_path, cfg)
+    older = json.loads((tmp_path / "config.json").read_text())
+    del older["advantage"]
+    (tmp_path / "config.json").write_text(json.dumps(older))
+    same_run(tmp_path, cfg)
+    with pytest.raises(ValueError, match="holds a run with advantage='grpo', not 'rloo'"):
+        same_run(tmp_path, config(steps=1, advantage="rloo"))
+
+
 def test_half_precision_is_refused_before_a_model_is_loaded(tmp_path, monkeypatch):
     monkeypatch.setattr("latent_grpo.train.prepare", forbidden)
     with pytest.raises(ValueError, match="train with dtype=float32"):
