@@ -1,0 +1,226 @@
+"""The study: what it runs, that it resumes, and that its rules of judgement are the written ones."""
+import gzip
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from latent_grpo import study as package
+from latent_grpo.presets import make_config
+from latent_grpo.study import (RATES, SEARCH_SEEDS, SEEDS, STUDIES, Arm, Cell, arms, chosen_rates, grid_cells,
+                               read_table, report, study, write_table)
+from latent_grpo.verdicts import (CLAIMS, Claim, answers, collapsed, difference, judge, leak_predicts, main_effect,
+                                  overall, passes, rank_correlation, verdict_table, verdicts)
+
+
+def run(cell, seed, right, arm="toy", study="toy", **more):
+    """A row of the table with these right answers."""
+    scores = {"test": {m: dict(right=right, samples=1, kl=.1, invalid=0., latent_length=4., text_length=2.)
+                       for m in ("noise_free", "sampled")}}
+    return dict(study=study, arm=arm, cell=cell, seed=seed, scores=scores, curve={}) | more
+
+
+# ---------------------------------------------------------------------------------------------- what is run
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_every_run_of_a_study_is_a_valid_configuration(name):
+    for arm in arms(name):
+        names = [c.name for c in arm.cells]
+        assert len(set(names)) == len(names)
+        settings = [(c.method, str(sorted((arm.settings | c.settings).items(), key=str))) for c in arm.cells]
+        assert len(set(settings)) == len(settings), "two cells of an arm are the same run"
+        for c in arm.cells: make_config(arm.preset, c.method, **arm.settings | c.settings)
+
+
+def test_no_seed_both_searches_and_reports():
+    used = {s for name in STUDIES if name != "search" for a in arms(name) for s in a.seeds}
+    assert used <= set(SEEDS) and not used & set(SEARCH_SEEDS)
+
+
+def test_the_search_is_the_same_for_everybody():
+    found = arms("search")
+    assert [a.settings["lr"] for a in found] == list(RATES)
+    assert len({tuple(c.name for c in a.cells) for a in found}) == 1
+    assert {c.name for a in arms("toy") for c in a.cells if not c.name.startswith("paper, ")} == \
+           {c.name for c in found[0].cells}
+
+
+def test_searched_rates_reach_the_cells():
+    rates = {"paper": 3e-5, "exact": 3e-4}
+    cells = {c.name: c.settings.get("lr") for c in arms("toy", rates)[0].cells}
+    assert cells["paper"] == cells["paper, two-sided"] == 3e-5 and cells["exact"] == 3e-4
+    assert cells["vanilla"] is None                       # not searched: the preset's
+
+
+def test_an_unknown_study_and_an_unknown_arm_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="study 'toys': choose one of search"): arms("toys")
+    with pytest.raises(ValueError, match="arm 'x': toy has none of this name"):
+        study("toy", tmp_path / "t.gz", tmp_path / "runs", only="x")
+
+
+def test_the_grid_flips_one_switch_at_a_time():
+    names = {c.name for c in grid_cells()}
+    for position, (a, b) in {1: ("one-sided", "two-sided"), 2: ("released", "aligned"), 3: ("paper", "off"),
+                             4: ("paper", "off")}.items():
+        flipped = [", ".join(b if i == position else x for i, x in enumerate(n.split(", ")))
+                   for n in names if n.split(", ")[position] == a]
+        assert sum(n in names for n in flipped) >= 8
+
+
+# ------------------------------------------------------------------------------------------------ the table
+
+@pytest.mark.slow
+def test_a_study_resumes_and_repeats(tmp_path, monkeypatch):
+    tiny = dict(train_rows=300, test_rows=40, latent_sft=10, steps=1, prompts=8, eval_every=1)
+    arm = Arm("a", (Cell("vanilla", "vanilla"), Cell("centred", "centred")), (1, 2), tiny, noises=(0., 1.))
+    monkeypatch.setitem(package.STUDIES, "tiny", lambda rates: [replace(arm, seeds=(1,))])
+    table = tmp_path / "t.jsonl.gz"
+    first = study("tiny", table, tmp_path / "runs", 1, bar=False)
+    assert {r["cell"] for r in first} == {"latent-start", "vanilla", "centred"}
+    monkeypatch.setitem(package.STUDIES, "tiny", lambda rates: [arm])
+    rows = study("tiny", table, tmp_path / "other", 1, bar=False)
+    assert len(rows) == 6
+    assert {p.name for p in (tmp_path / "other").rglob("seed*")} == {"seed2"}         # seed 1 was there
+    row = next(r for r in rows if r["cell"] == "vanilla")
+    assert len(row["scores"]["test"]["noise_free"]["right"]) == 40
+    assert set(row["pass_at"]) == {"0.0", "1.0"} and row["at_start"]["leak"] > 0
+    assert row["made"]["command"] == "latent-grpo study tiny"
+    text = report("tiny", table)
+    assert "vanilla" in text and len(text.splitlines()) == 5
+
+
+def test_the_same_rows_give_the_same_bytes(tmp_path):
+    rows = [run("a", 1, "01"), run("b", 1, "11"), run("a", 2, "00")]
+    write_table(rows, tmp_path / "one.gz")
+    write_table(rows[::-1], tmp_path / "two.gz")
+    assert (tmp_path / "one.gz").read_bytes() == (tmp_path / "two.gz").read_bytes()
+    assert sorted(map(str, read_table(tmp_path / "one.gz"))) == sorted(map(str, rows))
+
+
+def test_a_line_cut_short_is_dropped(tmp_path):
+    (tmp_path / "rows.jsonl").write_text(json.dumps(run("a", 1, "1")) + '\n{"study": "to')
+    assert [r["cell"] for r in read_table(tmp_path / "rows.jsonl")] == ["a"]
+    assert read_table(tmp_path / "none.gz") == []
+
+
+def test_rates_are_chosen_by_the_mean_at_the_last_step():
+    rows = [dict(study="search", cell="a", settings=dict(lr=lr), curve=dict(validation=[.9, None, v]))
+            for lr, values in ((1e-4, (.5, .6)), (3e-4, (.2, .8))) for v in values]
+    other = [dict(study="toy", cell="a", settings=dict(lr=1.), curve=dict(validation=[1.]))]
+    assert chosen_rates(rows + other) == {"a": 1e-4}
+
+
+# ------------------------------------------------------------------------------------------------- judgement
+
+@pytest.mark.parametrize("kind, interval, verdict", [
+    ("more", (.05, .01, .09), "holds"), ("more", (0., -.01, .019), "fails"), ("more", (.01, -.01, .03), "open"),
+    ("level", (0., -.019, .02), "holds"), ("level", (-.05, -.08, -.01), "fails"), ("level", (-.01, -.03, .01), "open"),
+    ("flat", (0., -.01, .019), "holds"), ("flat", (.1, .03, .2), "fails"), ("flat", (.02, .01, .05), "open"),
+    ("less", (-.1, -.2, -.01), "holds"), ("less", (.1, .01, .2), "fails"), ("less", (0., -.1, .1), "open"),
+    ("above", (3.5, 3.1, 4.), "holds"), ("above", (2.5, 2., 2.9), "fails"), ("above", (3., 2.5, 3.5), "open")])
+def test_rules_of_the_protocol(kind, interval, verdict):
+    assert judge(kind, interval, line=3. if kind == "above" else 0.) == verdict
+
+
+def test_half_of_the_runs_collapsing_is_unstable():
+    assert judge("flat", (.1, .05, .2), collapses=.5) == "holds"
+    rows = [run("latent-start", s, "1111") for s in (1, 2)] + [run("vanilla", 1, "1000"), run("vanilla", 2, "1100")]
+    assert collapsed(rows, "toy", "vanilla") == .5        # half of the start's is not below half
+
+
+@pytest.mark.parametrize("found, verdict", [
+    ([], "not run"), (["holds"], "holds here"), (["holds", "holds", "open"], "holds here"),
+    (["fails", "fails", "open"], "does not hold here"), (["holds", "fails"], "mixed"),
+    (["holds", "open"], "open"), (["open"], "open")])
+def test_one_verdict_from_several_rungs(found, verdict): assert overall(found) == verdict
+
+
+def test_differences_are_paired_by_seed_and_problem():
+    rows = [run("a", s, "1" * (20 + s) + "0" * (80 - s)) for s in (1, 2, 3)]
+    rows += [run("b", s, "1" * (10 + s) + "0" * (90 - s)) for s in (1, 2, 3)] + [run("b", 9, "1" * 100)]
+    d = difference(rows, "toy", "a", "b")
+    assert d.mean == pytest.approx(.1) and d.low > .03 and d.high < .18       # seed 9 has no partner
+    assert difference(rows, "toy", "a", "missing") is None
+
+
+def test_tests_of_unequal_size_weigh_the_same():
+    row = run("a", 1, "")
+    row["scores"] = {name: {"noise_free": dict(right=right, samples=1)} for name, right in
+                     (("small", "1111"), ("large", "0" * 12))}
+    assert len(answers(row)) == 16 and answers(row).mean() == pytest.approx(.5)
+
+
+def test_the_best_checkpoint_is_the_last_where_none_was_better():
+    row = run("a", 1, "10")
+    assert answers(row, "best").mean() == .5
+    assert answers(row | dict(best={"test": dict(right="11", samples=1)}), "best").mean() == 1.
+
+
+def test_a_main_effect_is_a_mean_over_pairs():
+    """Masking adds 1 where selection is on and 3 where it is off: 2."""
+    cell = lambda m, s: f"published, two-sided, none, {m}, {s}"
+    value = {("off", "off"): 0, ("paper", "off"): 3, ("off", "paper"): 10, ("paper", "paper"): 11}
+    rows = [run(cell(*k), s, "0", arm="grid", x=v + s / 10) for k, v in value.items() for s in (1, 2, 3)]
+    effect = main_effect(3, "paper", "off", lambda r: r["x"])(rows, "grid")
+    assert effect.mean == pytest.approx(2.) and effect.high - effect.low < 1e-6
+
+
+def test_pass_at_k_is_compared_problem_by_problem():
+    counts = lambda *c: dict(pass_at={"0.0": " ".join(map(str, c))})
+    rows = [run("a", s, "1", arm="p", **counts(64, 1)) for s in (1, 2)]
+    rows += [run("b", s, "1", arm="p", **counts(64, 0)) for s in (1, 2)]
+    assert passes("a", "0.0", 64, "b", "0.0", 64)(rows, "p").mean == pytest.approx(.5)
+    assert passes("a", "0.0", 1, "b", "0.0", 1)(rows, "p").mean == pytest.approx(.5 / 64)
+
+
+def test_rank_correlation_sees_order_only():
+    x = np.arange(8.)
+    assert rank_correlation(x, np.exp(x)).mean == 1 and rank_correlation(x, -x**3).mean == -1
+    assert rank_correlation(x, np.ones(8)).mean == 0
+    assert rank_correlation([1, 2, 3, 4], [1, 3, 2, 4]).mean == pytest.approx(.8)
+
+
+def test_the_leak_is_compared_with_the_drift_of_the_same_cells():
+    rows = [run(f"c{i}", s, "1", arm="grid", at_start=dict(leak=i / 10)) for i in range(6) for s in (1, 2)]
+    for r in rows: r["scores"]["test"]["sampled"]["kl"] = r["at_start"]["leak"]**2
+    assert leak_predicts(rows, "grid").mean == pytest.approx(1.)
+    assert leak_predicts(rows[:8], "grid") is None        # four cells are too few
+
+
+def test_claims_name_cells_that_are_run():
+    cells = {a.name: {c.name for c in a.cells} | {"latent-start"} for n in STUDIES for a in arms(n)}
+    for claim in CLAIMS:
+        for arm in (a for name in claim.arms for a in name.split("|")):
+            assert arm in cells, (claim.name, arm)
+            if not callable(claim.what): assert set(claim.what) <= cells[arm], (claim.name, arm)
+    assert len({c.name for c in CLAIMS}) == len(CLAIMS)
+
+
+def test_a_claim_without_runs_says_so():
+    found = verdicts([])
+    assert [v["claim"] for v in found] == [c.name for c in CLAIMS]
+    assert {v["verdict"] for v in found if v["claim"] != "O1"} == {"not run"}
+
+
+def test_the_table_shows_effect_interval_and_verdict():
+    claim = Claim("C", "a is better", "more", ("toy",), ("a", "b"))
+    rows = [run("a", s, "1" * 50) for s in (1, 2)] + [run("b", s, "0" * 50) for s in (1, 2)]
+    x = claim.on(rows, "toy")
+    table = verdict_table([dict(claim="C", text="a is better", rungs=[x], verdict="holds here")])
+    assert "+100.0 [+100.0, +100.0] holds" in table and "**holds here**" in table
+
+
+# -------------------------------------------------------------------------------------------- what is committed
+
+def test_the_record_follows_from_the_table():
+    import importlib.util
+    from test_skeleton import ROOT
+    spec = importlib.util.spec_from_file_location("summary", ROOT / "docs/verdicts.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    rows = read_table(ROOT / "docs/results/study.jsonl.gz")
+    record = json.loads((ROOT / "docs/results/study.json").read_text("utf-8"))
+    assert json.loads(json.dumps(script.summary(rows))) == record
+    assert all(r["made"]["commit"] and "dirty" not in r["made"]["commit"] for r in rows)
+    assert len({tuple(r[k] for k in ("study", "arm", "cell", "seed")) for r in rows}) == len(rows)
