@@ -124,7 +124,7 @@ def _compare_options(add):
     p.add_argument('--data', default='', help='training problems, as for train')
     p.add_argument('--test', action='append', default=[])
 
-# %% ../nbs/25_cli.ipynb #0360ec69
+# %% ../nbs/25_cli.ipynb #84ced441
 def _study_options(commands):
     "Runs and tables of the reproduction"
     text = 'claims of the paper, tested by many runs; what the table holds is not run again'
@@ -132,7 +132,7 @@ def _study_options(commands):
                             formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('name', help='search, toy, ladder, grid, map, long, pass or words')
     p.add_argument('--arm', default='', help='only this one, e.g. "modulus 13"')
-    p.add_argument('--report', action='store_true', help='run nothing, print the tables')
+    p.add_argument('--report', action='store_true', help='run nothing, print the tables, save the figures')
     p.add_argument('--table', default='study.jsonl.gz', help='compressed results, a line a run')
     p.add_argument('--workers', type=int, default=2)
     p.add_argument('--out', default='runs/study', help='folder of the runs')
@@ -302,7 +302,7 @@ def _compare(args):
     figure = '' if runs.get('vary') else f'figure: {args.out}/figure.png   '
     print(f'\n{figure}numbers: {args.out}/results.json')
 
-# %% ../nbs/25_cli.ipynb #feb36c1e
+# %% ../nbs/25_cli.ipynb #68407175
 def _data(args):
     from latent_grpo.data import counts, survey
     from latent_grpo.runs import provenance
@@ -312,11 +312,18 @@ def _data(args):
     if args.out: Path(args.out).write_text(json.dumps(provenance([]) | counts(found), indent=1))
 
 def _study(args):
-    from latent_grpo.study import report, study
+    from latent_grpo.study import read_table, report, study
     table = Path(args.table)
     if not args.report:
         study(args.name, table, Path(args.out), args.workers, not args.quiet, args.arm)
     print(report(args.name, table))
+    if args.report:
+        from latent_grpo.plots import save_figure
+        from latent_grpo.verdicts import figures
+        folder = Path(args.out)/'figures'
+        for name, figure in figures(read_table(table), args.name).items():
+            save_figure(figure, folder/name)
+            print(f'{folder/name}.png')
 
 def _presets(args):
     from latent_grpo.presets import make_config

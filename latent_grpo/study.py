@@ -96,15 +96,15 @@ def _ladder(rates):
     return [*(Arm(name, cells, SEEDS[:5], TOYS[name]) for name in list(TOYS)[1:]),
             Arm('from explicit', short, SEEDS[:5], dict(explicit_first=True))]
 
-# %% ../nbs/35_study.ipynb #88db799d
+# %% ../nbs/35_study.ipynb #c7f3ea07
 STUDIES = { # name -> learning rates of the search -> arms
     'search': lambda rates: [Arm(f'lr {x:g}', MAIN + PEERS, SEARCH_SEEDS, dict(lr=x))
                              for x in RATES],
     'toy': lambda rates: [Arm('toy', _tuned(MAIN + LESS + PEERS, rates), SEEDS)],
     'ladder': _ladder,
     'grid': lambda rates: [Arm('grid', grid_cells(), SEEDS[:4])],
-    'map': lambda rates: [Arm(f'{k} {v:g}', SHORT, SEEDS[:3], {k: v})
-                          for k, values in AXES.items() for v in values],
+    'map': lambda rates: [Arm('base', SHORT, SEEDS[:3]), *(
+        Arm(f'{k} {v:g}', SHORT, SEEDS[:3], {k: v}) for k, values in AXES.items() for v in values)],
     'long': lambda rates: [Arm('long', tuple(c for c in SHORT if c.name != 'paper'), SEEDS[:5],
                                dict(steps=600, eval_every=60))],
     'pass': lambda rates: [Arm('pass@k', _tuned(MAIN[:1] + SHORT, rates) + STARTS, SEEDS[:5],

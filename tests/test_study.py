@@ -1,5 +1,4 @@
 """The study: what it runs, that it resumes, and that its rules of judgement are the written ones."""
-import gzip
 import json
 from dataclasses import replace
 
