@@ -7,6 +7,7 @@ from pathlib import Path
 
 from latent_grpo.compare import draw, table_rows, table_text
 from latent_grpo.plots import save_figure
+from latent_grpo.verdicts import verdict_table
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "docs/results"
@@ -63,9 +64,17 @@ def wordproblems(record):
     return "\n".join(lines) + f"\n\n{how}\n"
 
 
+def study(record):
+    """Every claim, its verdict, and the first rung's effect."""
+    runs = ", ".join(f"{name} {n}" for name, n in record["runs"].items())
+    how = (f"Differences of noise-free Pass@1 in points, with 95 % intervals, on the first rung that was run; {sum(record['runs'].values())} "
+           f"lines of the table ({runs}). {made_by(record)}")
+    return f"{verdict_table(record['verdicts'], rungs=False)}\n\n{how}\n"
+
+
 def with_tables(readme):
     """README text with the measured parts replaced."""
-    for name, table in (("toy", toy), ("wordproblems", wordproblems), ("gsm8k", gsm8k)):
+    for name, table in (("toy", toy), ("study", study), ("wordproblems", wordproblems), ("gsm8k", gsm8k)):
         record = json.loads((RESULTS / f"{name}.json").read_text("utf-8"))
         start, end = f"<!-- {name}: start -->\n", f"<!-- {name}: end -->"
         head, rest = readme.split(start)

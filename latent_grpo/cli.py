@@ -124,7 +124,7 @@ def _compare_options(add):
     p.add_argument('--data', default='', help='training problems, as for train')
     p.add_argument('--test', action='append', default=[])
 
-# %% ../nbs/25_cli.ipynb #84ced441
+# %% ../nbs/25_cli.ipynb #8a6170e5
 def _study_options(commands):
     "Runs and tables of the reproduction"
     text = 'claims of the paper, tested by many runs; what the table holds is not run again'
@@ -132,7 +132,8 @@ def _study_options(commands):
                             formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('name', help='search, toy, ladder, grid, map, long, pass or words')
     p.add_argument('--arm', default='', help='only this one, e.g. "modulus 13"')
-    p.add_argument('--report', action='store_true', help='run nothing, print the tables, save the figures')
+    p.add_argument('--report', action='store_true',
+                   help='run nothing, print the tables, save the figures')
     p.add_argument('--table', default='study.jsonl.gz', help='compressed results, a line a run')
     p.add_argument('--workers', type=int, default=2)
     p.add_argument('--out', default='runs/study', help='folder of the runs')

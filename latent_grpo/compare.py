@@ -132,7 +132,7 @@ def label(method: str, vary: dict) -> str:
     "What a row of a table is called"
     return ', '.join([NAMES[method], *(f'{k} {v}' for k, v in vary.items())])
 
-# %% ../nbs/22_compare.ipynb #7c9f78ef
+# %% ../nbs/22_compare.ipynb #6abe7f9e
 def run_jobs(
     jobs: list,           # of `Job`
     workers: int = 2,     # processes of one thread each
@@ -164,6 +164,7 @@ def run_jobs(
     progress.close()
     return results
 
+# %% ../nbs/22_compare.ipynb #6edf150e
 def run_seeds(
     preset: str,
     methods: list,        # keys of `NAMES` without the starts

@@ -261,7 +261,7 @@ def failure_metrics(model, reference, task, cfg: Config, rows: list, seed: int =
     return diagnose(model, reference, task, rows, sampling_of(cfg, task.end_latent_ids[0]),
                     cfg.group_size, cfg.eval_max_steps or cfg.max_steps, seed=1_000_003 + seed)
 
-# %% ../nbs/20_train.ipynb #c581ae6d
+# %% ../nbs/20_train.ipynb #10c1eb12
 def score_policy(
     model, task, cfg: Config,
     splits=None,          # names; default: the test splits, or validation if there are none
@@ -280,7 +280,7 @@ def score_policy(
             score = evaluate(model, task, task.rows[split], s, cfg.latent, samples,
                              cfg.eval_max_steps or cfg.max_steps, reference=reference,
                              seed=1_000_003 + seed)
-            score['counts'] = score.pop('correct').sum(1).astype(int).tolist()   # right, per problem
+            score['counts'] = score.pop('correct').sum(1).astype(int).tolist()   # per problem
             out.setdefault(split, {})[name] = score
         if cfg.latent and reference is not None and len(out) == 1:     # they take their time
             out[split]['diagnostics'] = failure_metrics(model, reference, task, cfg,

@@ -38,18 +38,23 @@ ALLOWED = {
     "plots": set(),
     "compare": {"data", "evaluate", "plots", "presets", "runs", "sampling", "train", "vanilla"},
     "explore": {"diagnostics", "evaluate", "masking", "noise", "plots", "sampling"},
-    "cli": {"benchmarks", "compare", "data", "distributed", "labels", "presets", "runs", "train"},
+    "cli": {"benchmarks", "compare", "data", "distributed", "labels", "plots", "presets", "runs", "study",
+            "train", "verdicts"},
     "data": {"grading", "tasks"},
     "labels": {"latent", "presets", "runs", "sft", "train"},
     "benchmarks": {"data", "evaluate", "presets", "runs", "sampling", "train"},
     "wordproblems": {"data", "rollout", "sampling", "tasks"},
     "distributed": {"data", "model", "presets", "runs", "vanilla"},
     "rehearsal": {"presets"},
+    "study": {"benchmarks", "compare", "plots", "presets", "train"},
+    "verdicts": {"evaluate", "plots", "presets", "sampling"},
 }
 
 # Edges to a later notebook: the import stands inside a function. (importer, imported): why
 LATE = {("cli", "benchmarks"): "the command line is older than the benchmarks that it starts",
         ("cli", "labels"): "and than the labels that it has written",
+        ("cli", "study"): "and than the study that it runs",
+        ("cli", "verdicts"): "and than the figures that it draws of it",
         ("presets", "wordproblems"): "real word problems are one of the tasks that it builds",
         ("sampling", "peers"): "two scores of other papers are drawn and scored by the same functions"}
 LATE |= {("train", "distributed"): "the loop of one process is older than several",
