@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-fast export lint check notebooks docs site-test clean
+.PHONY: help venv demo test test-fast export lint check notebooks docs site-test recheck clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -51,6 +51,9 @@ docs: $(STAMP)  ## build the site into _docs from freshly run notebooks
 
 site-test: $(STAMP)  ## look at the built site in Chromium; screenshots of every page in _screens
 	SITE_TEST=1 $(BIN)/python -m pytest -q -n 2 -m site tests/test_site.py
+
+recheck: $(STAMP)  ## run three random rows of the verdicts again, one seed each
+	OMP_NUM_THREADS=1 $(BIN)/python docs/recheck.py
 
 clean:  ## remove everything that can be made again, .venv excepted
 	rm -rf build dist *.egg-info _proc _executed _docs _screens .pytest_cache .hypothesis

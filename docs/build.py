@@ -222,6 +222,9 @@ def records():
         seeds = f'{n} seed{"s" * (n > 1)}, ' if (n := len(r["seeds"])) else ""      # counts of files have none
         lines.append(f'- <a href="_static/results/{path.name}" download>{path.name}</a>, {seeds}'
                      f'commit {r["commit"]}, {r["date"]}:<br>`{r["command"]}`')
+    for path in sorted((DOCS / "results").glob("*.gz")):
+        put(f"_static/results/{path.name}", path.read_bytes())
+        lines.append(f'- <a href="_static/results/{path.name}" download>{path.name}</a>, a line of JSON per run')
     return "\n".join(lines)
 
 
