@@ -69,13 +69,14 @@ class TableLM(LatentModule):
         return embeds, (NoCache() if use_cache else None)
     def head(self, hidden): return hidden @ self.table
 
-# %% ../nbs/03_model.ipynb #80195662
+# %% ../nbs/03_model.ipynb #d00ac8b0
 def rotate(
-    x: Tensor,      # [N, heads, T, d]
-    angle: Tensor,  # [N, 1, T, d / 2]
+    x: Tensor,      # [..., N, heads, T, d]
+    cos: Tensor,    # [N, 1, T, d / 2] of the angles
+    sin: Tensor,
 ) -> Tensor:
     "Rotary position embedding: turn each pair of channels by its angle"
-    (a, b), cos, sin = x.chunk(2, -1), angle.cos().to(x), angle.sin().to(x)
+    a, b = x.chunk(2, -1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
 # %% ../nbs/03_model.ipynb #5a05ae7e
@@ -99,7 +100,7 @@ def _grow(layer, keys, values, *args, **kwargs):
     layer.keys, layer.values = append(layer.keys, keys), append(layer.values, values)
     return layer.keys, layer.values
 
-# %% ../nbs/03_model.ipynb #965c5c6a
+# %% ../nbs/03_model.ipynb #9b9085df
 class Block(nn.Module):
     "One pre-norm transformer layer with rotary attention and a gated feed-forward part"
     def __init__(self, width, heads, ff):
@@ -110,10 +111,10 @@ class Block(nn.Module):
         self.out = nn.Linear(width, width, bias=False)
         self.up, self.down = nn.Linear(width, 2 * ff, bias=False), nn.Linear(ff, width, bias=False)
 
-    def forward(self, x, angle, bias, past):
+    def forward(self, x, turn, bias, past):
         N, T, D = x.shape
-        q, k, v = self.qkv(self.norm1(x)).view(N, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        q, k = rotate(q, angle), rotate(k, angle)
+        qkv = self.qkv(self.norm1(x)).view(N, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        (q, k), v = rotate(qkv[:2], *turn), qkv[2]
         if past is not None: k, v = append(past[0], k), append(past[1], v)
         weights = (q @ k.transpose(-1, -2) / math.sqrt(D // self.heads) + bias).softmax(-1)
         x = x + self.out((weights @ v).transpose(1, 2).reshape(N, T, D))
@@ -131,7 +132,7 @@ class TinyCache:
     def batch_repeat_interleave(self, repeats): self._map(lambda t: t.repeat_interleave(repeats, 0))
     def batch_select_indices(self, indices): self._map(lambda t: t[indices])
 
-# %% ../nbs/03_model.ipynb #30ada3f1
+# %% ../nbs/03_model.ipynb #09cde202
 class TinyLM(LatentModule):
     "A small transformer that follows the `LatentLM` protocol (ours)"
     grad_cache = True     # gradients flow through its cache: a group can share its prompt
@@ -172,14 +173,13 @@ class TinyLM(LatentModule):
             before = before.gather(1, (predecessors(mask) + 1)[..., None].expand(-1, -1, D))
         x = x + self.shift(before[:, :T])
         angle = (positions(mask, T)[..., None] * self.freqs)[:, None]
-        t = torch.arange(past + T, device=embeds.device)
+        turn, t = (angle.cos().to(x), angle.sin().to(x)), torch.arange(past + T, device=x.device)
         seen = mask if mask.dim() == 3 else (t <= t[past:, None]) & mask[:, None, :]
         seen = seen | (t == t[past:, None])
-        bias = torch.zeros(seen.shape, device=x.device, dtype=x.dtype)
-        bias = bias.masked_fill(~seen, -1e9)[:, None]
+        bias = (~seen[:, None]).to(x.dtype) * -1e9
         layers = []
         for i, block in enumerate(self.blocks):
-            x, kv = block(x, angle, bias, cache.layers[i] if cache else None)
+            x, kv = block(x, turn, bias, cache.layers[i] if cache else None)
             layers.append(kv)
         return self.norm(x), (TinyCache(layers, inputs[:, -1:]) if use_cache else None)
 

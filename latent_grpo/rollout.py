@@ -14,7 +14,7 @@ from .latent import mix
 from .sampling import (PAD, LATENT, END, TEXT, FORCED, Sampling, draw_scored,
                                   mixture_weights, noise_keys, score_steps)
 
-# %% ../nbs/06_rollout.ipynb #b3c376fe
+# %% ../nbs/06_rollout.ipynb #2534fa78
 @dataclass
 class Rollout:
     "A batch of replayable responses, G per prompt in consecutive rows (N = B x G)"
@@ -48,7 +48,7 @@ class Rollout:
 
     def tokens(self, i: int) -> list:
         "Token ids of row i without its latent steps: end marker, answer, end of text"
-        return self.ids[i, self.response_mask[i] & ~self.latent_mask[i], 0].tolist()
+        return self.ids[i, (self.kind[i] != PAD) & (self.kind[i] != LATENT), 0].tolist()
 
 # %% ../nbs/06_rollout.ipynb #f2dbf811
 def step_inputs(
@@ -101,7 +101,7 @@ class _Phase:
         self.thinking = self.thinking & (kind == LATENT)
     def select(self, rows): self.thinking, self.owed = self.thinking[rows], self.owed[rows]
 
-# %% ../nbs/06_rollout.ipynb #f5818c60
+# %% ../nbs/06_rollout.ipynb #e31d4ef3
 @torch.no_grad()
 def generate(
     model,                    # a `LatentLM`
@@ -125,9 +125,9 @@ def generate(
     mask = torch.cat([prompt_mask.repeat_interleave(G, 0), prompt_mask.new_ones(N, max_steps)], 1)
     alive, ended = torch.arange(N, device=device), torch.zeros(N, dtype=torch.bool, device=device)
     now, record, over = sampling, [], ended.clone()     # over: has ended, but is still carried
+    keys = noise_keys(seed, rows[:, None], torch.arange(max_steps, device=device))
     for t in range(max_steps):
-        keys = noise_keys(seed, rows[alive], t)
-        ids, scores, kind, logps = draw_scored(logits, keys, phase.thinking, now)
+        ids, scores, kind, logps = draw_scored(logits, keys[alive, t], phase.thinking, now)
         if edit: ids, scores, kind = edit(t, alive, ids, scores, kind)
         phase.force(ids, kind)
         if edit: logps = score_steps(logits, ids, scores, kind, now)
