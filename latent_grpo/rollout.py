@@ -50,7 +50,7 @@ class Rollout:
         "Token ids of row i without its latent steps: end marker, answer, end of text"
         return self.ids[i, (self.kind[i] != PAD) & (self.kind[i] != LATENT), 0].tolist()
 
-# %% ../nbs/06_rollout.ipynb #f2dbf811
+# %% ../nbs/06_rollout.ipynb #f024c2ca
 def step_inputs(
     embed: Tensor,        # [V, D]
     ids: Tensor,          # [N, S]
@@ -61,9 +61,10 @@ def step_inputs(
     "What each step feeds to the model: a mixture after a latent step, a word's embedding otherwise"
     K = sampling.top_k
     latent = kind == LATENT
+    if not latent.any(): return embed[ids[:, 0]]
     weights = torch.zeros(len(ids), K, device=ids.device)
     weights[:, 0] = 1
-    if latent.any(): weights[latent] = mixture_weights(scores[latent], sampling.select(latent))
+    weights[latent] = mixture_weights(scores[latent], sampling.select(latent))
     return mix(embed, ids[:, :K], weights)
 
 # %% ../nbs/06_rollout.ipynb #0a0c9a61
@@ -184,7 +185,7 @@ def replay_states(
     prompt = embed[r.prompt_ids].repeat_interleave(G, 0)
     return model.hidden(torch.cat([prompt, steps], 1), mask)[0][:, P - 1:]
 
-# %% ../nbs/06_rollout.ipynb #8f37cf30
+# %% ../nbs/06_rollout.ipynb #d7f41346
 def replay_logps(
     model, r: Rollout, sampling: Sampling,
     advantages: Tensor | None = None,   # [N, T], needed by the released estimator
@@ -192,6 +193,8 @@ def replay_logps(
 ) -> Tensor:                            # [N, T], 0 outside of `r.action_mask`
     "Log-probabilities of recorded steps under the current weights; differentiable"
     states, at = replay_states(model, r, sampling), r.action_mask.nonzero(as_tuple=True)
+    order = (r.kind[at] == TEXT).argsort(stable=True)      # of one phase together
+    at = tuple(x[order] for x in at)
     keys = r.keys()[at] if sampling.centre_draws else None
     adv = None if advantages is None else advantages[at]
     parts = [states[at], r.ids[at], r.scores[at], r.kind[at], keys, adv]

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['WHOLE', 'DENSITIES', 'FEW', 'PAD', 'LATENT', 'END', 'TEXT', 'FORCED', 'noise_keys', 'gumbel', 'Sampling', 'largest',
-           'nucleus', 'candidates', 'perturb', 'mixture_weights', 'draw_latent', 'text_candidates', 'text_score',
-           'gradient_factor', 'surrogate_logp', 'exact_logp', 'latent_score', 'centre', 'score_steps', 'draw_scored',
-           'draw_step']
+           'nucleus', 'candidates', 'perturb', 'mixture_weights', 'word_logps', 'draw_latent', 'text_candidates',
+           'text_score', 'gradient_factor', 'surrogate_logp', 'exact_logp', 'latent_score', 'centre', 'score_steps',
+           'draw_scored', 'draw_step']
 
 # %% ../nbs/05_sampling.ipynb #406bc011
 from dataclasses import dataclass, fields, replace
@@ -175,16 +175,38 @@ def mixture_weights(
     tau = tau.view(-1, *[1] * (scores.dim() - 1)) if tau.dim() else tau
     return (scores[..., :sampling.top_k] / tau).softmax(-1)
 
-# %% ../nbs/05_sampling.ipynb #6e8691f9
+# %% ../nbs/05_sampling.ipynb #8f2be57f
+class _WordLogps(torch.autograd.Function):
+    "The two formulas of `word_logps`"
+    @staticmethod
+    def forward(ctx, logits, ids):
+        total = logits.logsumexp(-1, keepdim=True)
+        ctx.save_for_backward(logits, ids, total)
+        return logits.gather(1, ids) - total
+    @staticmethod
+    def backward(ctx, grad):
+        logits, ids, total = ctx.saved_tensors
+        out = (logits - total).exp_().mul_(-grad.sum(-1, keepdim=True))
+        return out.scatter_add_(1, ids, grad), None
+
+def word_logps(
+    logits: Tensor,   # [N, V]
+    ids: Tensor,      # [N, S]
+) -> Tensor:          # [N, S]
+    "Log-probabilities of a few words: `log_softmax` and `gather` without a table of all (ours)"
+    return _WordLogps.apply(logits, ids)
+
+# %% ../nbs/05_sampling.ipynb #5fb6ebba
 PAD, LATENT, END, TEXT, FORCED = range(5)   # FORCED: the rest of a marker of several ids
 
 def draw_latent(
     logps: Tensor,        # [N, V] log-probabilities at temperature 1
     keys: Tensor,         # [N] noise keys of this step
     sampling: Sampling,
+    found: tuple | None = None,   # the candidates, where they are known
 ) -> tuple:               # ids [N, S], scores [N, S], kind [N]: LATENT or END
     "Draw a step of the latent phase; it is END when the best token is the end marker"
-    ids, top = candidates(logps, sampling)
+    ids, top = found or candidates(logps, sampling)
     if sampling.score == 'multiplex':
         from latent_grpo.peers import multiplex_draw
         noise = [gumbel(noise_keys(k, keys, 1), ids) for k in range(sampling.top_k)]
@@ -195,16 +217,19 @@ def draw_latent(
     ids = torch.cat([torch.where(end, sampling.end_id, ids[:, 0])[:, None], ids[:, 1:]], 1)
     return ids, scores, torch.where(end, END, LATENT)
 
-# %% ../nbs/05_sampling.ipynb #d2854c5c
+# %% ../nbs/05_sampling.ipynb #57fb05a9
+def _cooled(logits, sampling):
+    t = sampling.temperature
+    t = t.clamp(min=1e-6) if torch.is_tensor(t) else max(t, 1e-6)
+    return logits.float() / _column(t)
+
 def text_candidates(
     logits: Tensor,       # [N, V]
     sampling: Sampling,
 ) -> tuple:               # log-probabilities of all words [N, V]; ids [N, C] of those that may be
                           # drawn and their log-probabilities [N, C], -inf outside of the set
     "Words of text: temperature; then the words that are in the top-k and in the nucleus"
-    t = sampling.temperature
-    t = t.clamp(min=1e-6) if torch.is_tensor(t) else max(t, 1e-6)
-    logps = (logits.float() / _column(t)).log_softmax(-1)
+    logps = _cooled(logits, sampling).log_softmax(-1)
     if sampling.text_top_k or sampling.text_top_p < 1:
         return logps, *nucleus(logps, sampling.text_top_p, most=sampling.text_top_k)
     return logps, torch.arange(logps.shape[1], device=logps.device).expand_as(logps), logps
@@ -223,9 +248,11 @@ def text_score(
     sampling: Sampling,
 ) -> Tensor:              # [N]
     "Log-probability of text among the words that could be drawn"
-    if sampling.text_score == 'full': sampling = replace(sampling, text_top_p=1., text_top_k=0)
-    logps, ids, kept = text_candidates(logits, sampling)
-    return _among(logps, token, ids, kept)
+    cut = sampling.text_top_k or sampling.text_top_p < 1
+    if cut and sampling.text_score == 'truncated':
+        logps, ids, kept = text_candidates(logits, sampling)
+        return _among(logps, token, ids, kept)
+    return word_logps(_cooled(logits, sampling), token[:, None])[:, 0]
 
 # %% ../nbs/05_sampling.ipynb #a9a35aed
 def gradient_factor(
@@ -266,7 +293,7 @@ def exact_logp(
     log_scale = torch.as_tensor(scale, dtype=d.dtype, device=d.device).log()
     return (-d - torch.exp(-d) - log_scale).masked_fill(~used, 0).sum(-1)
 
-# %% ../nbs/05_sampling.ipynb #7e4576c3
+# %% ../nbs/05_sampling.ipynb #07fc8dad
 def latent_score(
     logps: Tensor,             # [N, V] log-probabilities of the current policy
     ids: Tensor,               # [N, S] as drawn
@@ -274,9 +301,10 @@ def latent_score(
     kind: Tensor,              # [N] LATENT or END
     sampling: Sampling,
     advantages: Tensor | None = None,   # [N], for the released estimator
+    chosen: Tensor | None = None,       # [N, S] log-probabilities of `ids`, where they are known
 ) -> Tensor:                   # [N]
     "Log-probability of steps of the latent phase: a density, or surrogate and categorical"
-    chosen, scale = logps.gather(1, ids), sampling.noise_scale
+    chosen, scale = logps.gather(1, ids) if chosen is None else chosen, sampling.noise_scale
     if sampling.score == 'exact': return exact_logp(chosen, scores, scale)
     if sampling.score in DENSITIES: from latent_grpo.peers import concrete_logp, multiplex_logps
     if sampling.score == 'concrete':      # of an END step only the best word is executed
@@ -287,7 +315,7 @@ def latent_score(
     surrogate = surrogate_logp(chosen, scores, sampling.estimator, advantages)
     return torch.where(kind == END, chosen[:, 0], surrogate)
 
-# %% ../nbs/05_sampling.ipynb #98be105e
+# %% ../nbs/05_sampling.ipynb #ed2001c5
 def centre(
     logps: Tensor,        # [N, V]
     keys: Tensor,         # [N] noise keys of the step; fresh draws get keys of their own
@@ -295,11 +323,13 @@ def centre(
     advantages: Tensor | None = None,
 ) -> Tensor:              # [N], zero in value; its gradient is the mean gradient of M fresh draws
     "Monte-Carlo estimate of the score's mean gradient at each state (ours)"
-    total = torch.zeros(len(logps), device=logps.device)
-    for m in range(sampling.centre_draws):
-        with torch.no_grad(): drawn = draw_latent(logps, noise_keys(m, keys), sampling)
-        total = total + latent_score(logps, *drawn, sampling, advantages)
-    mean = total / sampling.centre_draws
+    with torch.no_grad():
+        found = candidates(logps, sampling)
+        drawn = [draw_latent(logps, noise_keys(m, keys), sampling, found)
+                 for m in range(sampling.centre_draws)]
+    chosen = logps.gather(1, torch.cat([ids for ids, _, _ in drawn], 1)).chunk(len(drawn), 1)
+    mean = sum(latent_score(logps, *d, sampling, advantages, c)
+               for d, c in zip(drawn, chosen)) / len(drawn)
     return mean - mean.detach()
 
 # %% ../nbs/05_sampling.ipynb #81554fd0
@@ -307,7 +337,7 @@ def _rows(x, rows):
     "Rows of x; x itself when they are all of them, which saves a copy of [N, V]"
     return x if len(rows) == len(x) else x[rows]
 
-# %% ../nbs/05_sampling.ipynb #6971e7af
+# %% ../nbs/05_sampling.ipynb #386996cd
 def score_steps(
     logits: Tensor,       # [N, V] of the current policy at the N steps
     ids: Tensor,          # [N, S]
@@ -322,10 +352,12 @@ def score_steps(
     pick = lambda x, rows: None if x is None else x[rows]
     rows = ((kind == LATENT) | (kind == END)).nonzero().flatten()
     if len(rows):
-        logps = _rows(logits, rows).float().log_softmax(-1)
-        s, a = sampling.select(rows), pick(advantages, rows)
-        value = latent_score(logps, ids[rows], scores[rows], kind[rows], s, a)
-        if keys is not None and s.centre_draws: value = value - centre(logps, keys[rows], s, a)
+        x, s, a = _rows(logits, rows).float(), sampling.select(rows), pick(advantages, rows)
+        centred = keys is not None and s.centre_draws
+        logps = x.log_softmax(-1) if centred or s.score == 'multiplex' else None
+        value = latent_score(logps, ids[rows], scores[rows], kind[rows], s, a,
+                             word_logps(x, ids[rows]))
+        if centred: value = value - centre(logps, keys[rows], s, a)
         out = out.index_copy(0, rows, value)
     rows = (kind == TEXT).nonzero().flatten()
     if len(rows):
