@@ -7,7 +7,7 @@ import torch
 
 from helpers import END, EOS, config, rand, standard_error, started, tiny, word_task
 from latent_grpo.diagnostics import diagnose, score_gradients
-from latent_grpo.grpo import group_advantages
+from latent_grpo.grpo import group_advantages, step_weights
 from latent_grpo.masking import masked_advantages
 from latent_grpo.model import TableLM
 from latent_grpo.peers import concrete_logp, multiplex_draw, multiplex_logps
@@ -235,9 +235,12 @@ def test_masked_rollouts_are_left_out(how):
 
 
 def test_dr_grpo_and_rloo_are_one_method_at_two_learning_rates():
-    """At equal group sizes; which is why the two bundles differ in how they weigh lengths."""
+    """At equal group sizes; the sum over responses is the token mean times the mean length."""
     dr, rloo = (group_advantages(FOUR, how=how) for how in ("dr-grpo", "rloo"))
     torch.testing.assert_close(rloo, dr * 4 / 3)
+    steps = torch.arange(12) < torch.tensor([[3], [12], [9], [4]])
+    total, mean = (step_weights(steps, make_config("toy", m).aggregation) for m in ("dr-grpo", "rloo"))
+    torch.testing.assert_close(total, mean * 7)
     assert make_config("toy", "dr-grpo").aggregation == "seq-mean-token-sum"
     assert make_config("toy", "rloo").aggregation == make_config("toy", "vanilla").aggregation
 
