@@ -337,7 +337,7 @@ def plot_grid(rows: list):    # a matplotlib figure
         ax.set_title('Pass@1 of score, noise, estimator (%)')
     return fig
 
-# %% ../nbs/36_verdicts.ipynb #790fcfe1
+# %% ../nbs/36_verdicts.ipynb #9aa24d8b
 def plot_leak(rows: list, arms: tuple):    # a matplotlib figure
     "Leak of the score at the start against the KL at the end, a point per cell"
     with style():
@@ -351,6 +351,7 @@ def plot_leak(rows: list, arms: tuple):    # a matplotlib figure
         ax.figure.legend(loc='outside lower center', ncols=4)
     return fig
 
+# %% ../nbs/36_verdicts.ipynb #4bdaed8c
 def plot_map(rows: list):    # a matplotlib figure
     "Gain over the start along every axis of the map, a panel per axis"
     rows, axes_of, preset = [r for r in rows if r['study'] == 'map'], {}, make_config('toy')
