@@ -192,7 +192,7 @@ def released_direction(rows, arm):
 
 def score(row): return answers(row).mean()
 
-# %% ../nbs/36_verdicts.ipynb #b907882e
+# %% ../nbs/36_verdicts.ipynb #e6b04c5b
 PASS, GRID, OTHERS = ('pass@k',), ('grid',), '|'.join(TOYS[1:])
 CLAIMS = (
     Claim('C1', 'Latent-GRPO improves its latent start', 'more', RUNGS, ('paper', 'latent-start')),
@@ -219,7 +219,7 @@ CLAIMS = (
           main_effect(4, 'paper', 'off', closure_gap), 'share'),
     Claim('C9', 'without Latent-SFT it fails', 'less', ('from explicit',),
           ('paper, no Latent-SFT', 'paper')),
-    Claim('O1', 'the released estimator does not flip the sign', 'more', GRID,
+    Claim('O1', 'the released estimator does not flip the sign', 'more', ('one component',),
           released_direction, 'gradient'),
     Claim('O1, cost', 'and scores below the one that does', 'less', GRID,
           main_effect(2, 'released', 'aligned', score)),
