@@ -8,12 +8,11 @@ __all__ = ['TOY', 'SMALL', 'PARTS', 'Shape', 'floor', 'clock', 'by_turns', 'step
            'part_c', 'naive_logps', 'score_case', 'score_cost', 'part_d', 'part_e', 'exponent', 'part_f', 'bench',
            'bench_table']
 
-# %% ../nbs/33_cost.ipynb #4f94dc84
+# %% ../nbs/33_cost.ipynb #07dada9f
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from statistics import median, quantiles
-import re, time
-import torch
+import re, time, torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from .grpo import step_weights

@@ -100,7 +100,7 @@ def _grow(layer, keys, values, *args, **kwargs):
     layer.keys, layer.values = append(layer.keys, keys), append(layer.values, values)
     return layer.keys, layer.values
 
-# %% ../nbs/03_model.ipynb #9b9085df
+# %% ../nbs/03_model.ipynb #72548a88
 class Block(nn.Module):
     "One pre-norm transformer layer with rotary attention and a gated feed-forward part"
     def __init__(self, width, heads, ff):
@@ -116,8 +116,8 @@ class Block(nn.Module):
         qkv = self.qkv(self.norm1(x)).view(N, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         (q, k), v = rotate(qkv[:2], *turn), qkv[2]
         if past is not None: k, v = append(past[0], k), append(past[1], v)
-        weights = (q @ k.transpose(-1, -2) / math.sqrt(D // self.heads) + bias).softmax(-1)
-        x = x + self.out((weights @ v).transpose(1, 2).reshape(N, T, D))
+        scores = torch.add(bias, q @ k.transpose(-1, -2), alpha=(D // self.heads)**-.5)
+        x = x + self.out((scores.softmax(-1) @ v).transpose(1, 2).reshape(N, T, D))
         gate, value = self.up(self.norm2(x)).chunk(2, -1)
         return x + self.down(F.silu(gate) * value), (k, v)
 
@@ -132,7 +132,7 @@ class TinyCache:
     def batch_repeat_interleave(self, repeats): self._map(lambda t: t.repeat_interleave(repeats, 0))
     def batch_select_indices(self, indices): self._map(lambda t: t[indices])
 
-# %% ../nbs/03_model.ipynb #09cde202
+# %% ../nbs/03_model.ipynb #fdf99762
 class TinyLM(LatentModule):
     "A small transformer that follows the `LatentLM` protocol (ours)"
     grad_cache = True     # gradients flow through its cache: a group can share its prompt
@@ -174,7 +174,8 @@ class TinyLM(LatentModule):
         x = x + self.shift(before[:, :T])
         angle = (positions(mask, T)[..., None] * self.freqs)[:, None]
         turn, t = (angle.cos().to(x), angle.sin().to(x)), torch.arange(past + T, device=x.device)
-        seen = mask if mask.dim() == 3 else (t <= t[past:, None]) & mask[:, None, :]
+        seen = mask if mask.dim() == 3 else mask[:, None]
+        if mask.dim() == 2 and T > 1: seen = seen & (t <= t[past:, None])
         seen = seen | (t == t[past:, None])
         bias = (~seen[:, None]).to(x.dtype) * -1e9
         layers = []

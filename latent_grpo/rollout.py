@@ -85,7 +85,7 @@ def _read_prompts(model, prompts, G):
     cache.batch_repeat_interleave(G)
     return ids, mask, logits, cache
 
-# %% ../nbs/06_rollout.ipynb #6435aa4a
+# %% ../nbs/06_rollout.ipynb #f86338f2
 class _Phase:
     "Which phase each unfinished row is in: thinking, owing the rest of the end marker, or speaking"
     def __init__(self, N, thinking, marker, device):
@@ -94,15 +94,17 @@ class _Phase:
         self.marker = torch.tensor(marker, device=device)
     def force(self, ids, kind):
         "Overwrite the draw of rows that owe the rest of a marker of several ids"
+        if len(self.marker) == 1: return
         rows = self.owed > 0
         ids[rows, 0] = self.marker[len(self.marker) - self.owed[rows]]
         kind[rows] = FORCED
     def advance(self, kind):
-        self.owed = torch.where(kind == END, len(self.marker) - 1, (self.owed - 1).clamp(min=0))
         self.thinking = self.thinking & (kind == LATENT)
+        if len(self.marker) == 1: return
+        self.owed = torch.where(kind == END, len(self.marker) - 1, (self.owed - 1).clamp(min=0))
     def select(self, rows): self.thinking, self.owed = self.thinking[rows], self.owed[rows]
 
-# %% ../nbs/06_rollout.ipynb #e31d4ef3
+# %% ../nbs/06_rollout.ipynb #b473e16e
 @torch.no_grad()
 def generate(
     model,                    # a `LatentLM`
@@ -135,8 +137,8 @@ def generate(
         record.append((alive, ids, scores, kind.masked_fill(over, PAD), logps))
         phase.advance(kind)
         over = over | ((kind == TEXT) & (ids[:, 0] == eos_id))
-        ended[alive[over]] = True
-        if (n := int(over.sum())) == len(over) or t == max_steps - 1: break
+        if n := int(over.sum()): ended[alive[over]] = True
+        if n == len(over) or t == max_steps - 1: break
         inputs = step_inputs(model.embed, ids, scores, kind, now)
         if 4 * n >= len(over):                  # a quarter has ended: they leave the batch
             keep = (~over).nonzero().flatten()

@@ -8,8 +8,8 @@ __all__ = ['WHOLE', 'DENSITIES', 'FEW', 'PAD', 'LATENT', 'END', 'TEXT', 'FORCED'
            'text_score', 'gradient_factor', 'surrogate_logp', 'exact_logp', 'latent_score', 'centre', 'score_steps',
            'draw_scored', 'draw_step']
 
-# %% ../nbs/05_sampling.ipynb #406bc011
-from dataclasses import dataclass, fields, replace
+# %% ../nbs/05_sampling.ipynb #228bf1a5
+from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
@@ -42,7 +42,7 @@ def gumbel(
     u = (((bits >> 41) & ((1 << 23) - 1)).float() + 0.5) * 2.**-23
     return -torch.log(-torch.log(u))
 
-# %% ../nbs/05_sampling.ipynb #75b72209
+# %% ../nbs/05_sampling.ipynb #66050558
 WHOLE = ('exact', 'concrete')             # scores that need all candidates, not the K best
 DENSITIES = (*WHOLE, 'multiplex')         # log-probabilities of what unclipped noise draws
 
@@ -97,8 +97,8 @@ class Sampling:
 
     def select(self, rows: Tensor) -> 'Sampling':
         "The settings of some rows: tensors are indexed, numbers are kept"
-        return replace(self, **{f.name: v[rows] for f in fields(self)
-                                if torch.is_tensor(v := getattr(self, f.name))})
+        found = {k: v[rows] for k, v in vars(self).items() if torch.is_tensor(v)}
+        return replace(self, **found) if found else self
 
 # %% ../nbs/05_sampling.ipynb #a04c496f
 def _column(x): return x[:, None] if torch.is_tensor(x) else x
@@ -120,7 +120,7 @@ def largest(
     values, order = x.gather(1, ids).topk(count)
     return values, ids.gather(1, order)
 
-# %% ../nbs/05_sampling.ipynb #5b2baf95
+# %% ../nbs/05_sampling.ipynb #36ffd0a4
 FEW = 64   # words that are looked at first
 
 def nucleus(
@@ -134,11 +134,13 @@ def nucleus(
     most, p = min(most or logps.shape[-1], logps.shape[-1]), _column(top_p)
     for count in sorted({min(max(FEW, least), most), most}):
         top, ids = largest(logps, count)
-        mass = top.exp().cumsum(-1)
+        mass = (share := top.exp()).cumsum(-1)
+        if count == most: break
         last = top[:, -1:] < top[:, least - 1:least] - reach
-        if count == most or ((mass[:, -1:] >= p) | last).all(): break
-    first = torch.arange(count, device=top.device) < least
-    return ids, top.masked_fill(~((mass - top.exp() < p) | first), -torch.inf)
+        if ((mass[:, -1:] >= p) | last).all(): break
+    outside = mass - share >= p
+    outside[:, :least] = False
+    return ids, top.masked_fill(outside, -torch.inf)
 
 # %% ../nbs/05_sampling.ipynb #b9014fc7
 def candidates(
@@ -217,7 +219,7 @@ def draw_latent(
     ids = torch.cat([torch.where(end, sampling.end_id, ids[:, 0])[:, None], ids[:, 1:]], 1)
     return ids, scores, torch.where(end, END, LATENT)
 
-# %% ../nbs/05_sampling.ipynb #57fb05a9
+# %% ../nbs/05_sampling.ipynb #74d26544
 def _cooled(logits, sampling):
     t = sampling.temperature
     t = t.clamp(min=1e-6) if torch.is_tensor(t) else max(t, 1e-6)
@@ -234,14 +236,6 @@ def text_candidates(
         return logps, *nucleus(logps, sampling.text_top_p, most=sampling.text_top_k)
     return logps, torch.arange(logps.shape[1], device=logps.device).expand_as(logps), logps
 
-def _among(logps, token, ids, kept):
-    "Log-probability [N] of `token` among the words that are kept, itself always one of them"
-    chosen = logps.gather(1, token[:, None])[:, 0]
-    if kept is logps: return chosen
-    inside = ((ids == token[:, None]) & (kept > -torch.inf)).any(1)
-    total = kept.logsumexp(-1)
-    return chosen - torch.where(inside, total, torch.logaddexp(total, chosen))
-
 def text_score(
     logits: Tensor,       # [N, V]
     token: Tensor,        # [N] the words that were drawn
@@ -249,10 +243,12 @@ def text_score(
 ) -> Tensor:              # [N]
     "Log-probability of text among the words that could be drawn"
     cut = sampling.text_top_k or sampling.text_top_p < 1
-    if cut and sampling.text_score == 'truncated':
-        logps, ids, kept = text_candidates(logits, sampling)
-        return _among(logps, token, ids, kept)
-    return word_logps(_cooled(logits, sampling), token[:, None])[:, 0]
+    if not cut or sampling.text_score == 'full':
+        return word_logps(_cooled(logits, sampling), token[:, None])[:, 0]
+    logps, ids, kept = text_candidates(logits, sampling)
+    chosen, total = logps.gather(1, token[:, None])[:, 0], kept.logsumexp(-1)
+    inside = ((ids == token[:, None]) & (kept > -torch.inf)).any(1)    # itself always counts
+    return chosen - torch.where(inside, total, torch.logaddexp(total, chosen))
 
 # %% ../nbs/05_sampling.ipynb #a9a35aed
 def gradient_factor(
@@ -365,7 +361,7 @@ def score_steps(
         out = out.index_copy(0, rows, value)
     return out
 
-# %% ../nbs/05_sampling.ipynb #40948495
+# %% ../nbs/05_sampling.ipynb #e17863b5
 def draw_scored(
     logits: Tensor,       # [N, V]
     keys: Tensor,         # [N] noise keys of this step
@@ -379,18 +375,22 @@ def draw_scored(
     scores = torch.full(ids.shape, -torch.inf, device=logits.device)
     kind = torch.full((N,), TEXT, device=logits.device)
     out = torch.zeros(N, device=logits.device)
-    if len(rows := thinking.nonzero()[:, 0]):
-        s, logps = sampling.select(rows), _rows(logits, rows).float().log_softmax(-1)
+    count = int(thinking.sum())
+    if count:
+        rows = thinking.nonzero()[:, 0] if count < N else slice(None)
+        s, logps = sampling.select(rows), logits[rows].float().log_softmax(-1)
         drawn = draw_latent(logps, keys[rows], s)
         n = drawn[0].shape[1]      # fewer candidates than fit, for the exact score
         ids[rows, :n], scores[rows, :n], kind[rows] = drawn
         out[rows] = latent_score(logps, *drawn, s)
-    if len(rows := (~thinking).nonzero()[:, 0]):
+    if count < N:
+        rows = (~thinking).nonzero()[:, 0] if count else slice(None)
         s = sampling.select(rows)
-        logps, words, kept = text_candidates(_rows(logits, rows), s)
+        logps, words, kept = text_candidates(logits[rows], s)
         best = (kept + gumbel(keys[rows], words)).argmax(-1, keepdim=True)
-        ids[rows, 0] = token = words.gather(1, best)[:, 0]
-        out[rows] = _among(logps, token, words, kept if s.text_score == 'truncated' else logps)
+        ids[rows, 0], value = words.gather(1, best)[:, 0], kept.gather(1, best)[:, 0]
+        cut = kept is not logps and s.text_score == 'truncated'
+        out[rows] = value - kept.logsumexp(-1) if cut else value
     return ids, scores, kind, out
 
 def draw_step(
