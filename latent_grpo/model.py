@@ -6,11 +6,10 @@
 __all__ = ['LatentLM', 'predecessors', 'positions', 'NoCache', 'LatentModule', 'TableLM', 'rotate', 'append', 'Block',
            'TinyCache', 'TinyLM', 'layers', 'HFLM', 'pretrained', 'fresh_llama']
 
-# %% ../nbs/03_model.ipynb #de548952
+# %% ../nbs/03_model.ipynb #0f9d2e93
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
-import math
 import torch
 import torch.nn.functional as F
 from torch import nn, Tensor

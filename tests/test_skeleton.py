@@ -38,7 +38,7 @@ ALLOWED = {
     "plots": set(),
     "compare": {"data", "evaluate", "plots", "presets", "runs", "sampling", "train", "vanilla"},
     "explore": {"diagnostics", "evaluate", "masking", "noise", "plots", "sampling"},
-    "cli": {"benchmarks", "compare", "data", "distributed", "labels", "plots", "presets", "runs", "study",
+    "cli": {"benchmarks", "compare", "cost", "data", "distributed", "labels", "plots", "presets", "runs", "study",
             "train", "verdicts"},
     "data": {"grading", "tasks"},
     "labels": {"latent", "presets", "runs", "sft", "train"},
@@ -46,6 +46,7 @@ ALLOWED = {
     "wordproblems": {"data", "rollout", "sampling", "tasks"},
     "distributed": {"data", "model", "presets", "runs", "vanilla"},
     "rehearsal": {"presets"},
+    "cost": {"grpo", "model", "rollout", "runs", "sampling", "vanilla"},
     "study": {"benchmarks", "compare", "plots", "presets", "train"},
     "verdicts": {"evaluate", "plots", "presets", "sampling"},
 }
@@ -53,6 +54,7 @@ ALLOWED = {
 # Edges to a later notebook: the import stands inside a function. (importer, imported): why
 LATE = {("cli", "benchmarks"): "the command line is older than the benchmarks that it starts",
         ("cli", "labels"): "and than the labels that it has written",
+        ("cli", "cost"): "than the bench that it starts",
         ("cli", "study"): "and than the study that it runs",
         ("cli", "verdicts"): "and than the figures that it draws of it",
         ("presets", "wordproblems"): "real word problems are one of the tasks that it builds",
