@@ -83,21 +83,20 @@ def spread(values: list) -> dict:
     low, _, high = quantiles(values * 2 if len(values) < 2 else values, method='inclusive')
     return dict(median=median(values), min=min(values), q1=low, q3=high, n=len(values))
 
-# %% ../nbs/33_cost.ipynb #85ad9ef2
+# %% ../nbs/33_cost.ipynb #8f337620
 def machine_rates(device: str = 'cpu', quick: bool = False) -> dict:
     "Bytes a second of a large copy, read and written; operations a second of a matrix product"
     n, side = (1 << 22, 512) if quick else (1 << 25, 1024)
-    a, b, m = (torch.ones(*s, device=device) for s in ((n,), (n,), (side, side)))
+    a, b, m = (torch.ones(s, device=device) for s in (n, n, (side, side)))
     t = by_turns(dict(copy=lambda: b.copy_(a), matrix=lambda: m @ m), 7, device)
     return dict(copy=8 * n / min(t['copy'][1:]), matrix=2 * side**3 / min(t['matrix'][1:]))
 
 def build(shape: Shape, device: str = 'cpu', seed: int = 0) -> HFLM:
     "A Llama of a shape with random weights, scaled so that its words are not all alike"
     from transformers import LlamaConfig, LlamaForCausalLM
-    config = LlamaConfig(
-        vocab_size=shape.vocab, hidden_size=shape.width, intermediate_size=shape.ff,
-        num_hidden_layers=shape.layers, num_attention_heads=shape.heads, pad_token_id=0,
-        tie_word_embeddings=True, bos_token_id=None, eos_token_id=None)
+    config = LlamaConfig(vocab_size=shape.vocab, hidden_size=shape.width, pad_token_id=0,
+                         num_hidden_layers=shape.layers, num_attention_heads=shape.heads,
+                         intermediate_size=shape.ff, tie_word_embeddings=True, eos_token_id=None)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         lm = LlamaForCausalLM(config)
@@ -109,14 +108,13 @@ def some_prompts(shape: Shape, batch: int, length: int) -> list:
     g = torch.Generator().manual_seed(0)
     return torch.randint(shape.vocab, (batch, length), generator=g).tolist()
 
-# %% ../nbs/33_cost.ipynb #3a1c685d
+# %% ../nbs/33_cost.ipynb #f2636ff1
 def plain_draw(
-    logits: Tensor, keys: Tensor, thinking: Tensor,    # as for `sampling.draw_scored`
-    sampling: Sampling,   # score 'published', numbers only
-) -> tuple:               # as of `draw_scored`
-    "Draw and score with a sorted vocabulary and noise for every word"
-    s, at = sampling, torch.arange(logits.shape[-1], device=logits.device)
-    cut = s.text_top_k or s.text_top_p < 1
+    logits: Tensor, keys: Tensor, thinking: Tensor, sampling: Sampling,   # one for all rows
+) -> tuple:                           # as of `draw_scored`, which it is compared with
+    "Draw and score, as published, with a sorted vocabulary and noise for every word"
+    s, cut = sampling, sampling.text_top_k or sampling.text_top_p < 1
+    at = torch.arange(logits.shape[-1], device=logits.device)
     def best(x, least, most, top_p):      # sorted, perturbed
         top, order = x.log_softmax(-1).sort(dim=-1, descending=True)
         outside = (top.exp().cumsum(-1) - top.exp() >= top_p) & (at >= least) | (at >= most)
@@ -159,7 +157,7 @@ def plain_generate(
         if over.all(): break
     return tuple(torch.stack(r, 1) for r in zip(*record))
 
-# %% ../nbs/33_cost.ipynb #cba7e263
+# %% ../nbs/33_cost.ipynb #367dee97
 @dataclass
 class Run:
     "What the parts of the bench share, and the rows that they make"
@@ -207,13 +205,13 @@ def _products(model, batch):
 
 def part_a(run: Run):
     "Latent against discrete steps, and a step against its own products"
-    for shape, batches, n in ((TOY, (1, 16, 64, 256), 24), (run.shape(), (1, 16, 64), 6)):
+    for shape, batches, n in ((TOY, (1, 16, 64, 256), 24), (run.shape(), (1, 16, 64), 12)):
         model, (s, greedy) = build(shape, run.device), settings(shape)
         for batch in batches[:2] if run.quick else batches:
             prompts = some_prompts(shape, batch, 16)
             t = run.steps(dict(latent=ours(model, prompts, s, True),
                                text=ours(model, prompts, s, False),
-                               greedy=ours(model, prompts, greedy, False)), n)
+                               greedy=ours(model, prompts, greedy, False)), n, 9)
             alone = by_turns(dict(x=_products(model, batch)), 9, run.device)['x']
             where, big = f'{shape.name}, batch {batch}', shape is SMALL and batch >= 16
             bound = floor(shape, batch, 16 + n // 2, run.rates)
@@ -246,14 +244,14 @@ def part_b(run: Run):
                               t[f'hf_{kind}'], t[f'tiny_{kind}'], 1.5, False)
         run.ratio('b', f'plain loop / ours, latent, {shape.name}', t['plain'], t['latent'])
 
-# %% ../nbs/33_cost.ipynb #f367c9f6
+# %% ../nbs/33_cost.ipynb #00d91762
 def part_c(run: Run, G: int = 8):
     "A prompt that its group shares; rows that leave when they have ended"
     shape, B, T = run.shape(), 2, 8 if run.quick else 48
     model, s, prompts = build(shape, run.device), settings(shape)[0], some_prompts(shape, B, 64)
     each = [p for p in prompts for _ in range(G)]
-    u = torch.rand(B * G, generator=torch.Generator().manual_seed(0))
-    lengths = (u**3 * T).long().to(run.device)
+    u = torch.rand(B * G, generator=torch.Generator().manual_seed(0)).to(run.device)
+    lengths = (u**3 * T).long()
     read, never = torch.no_grad()(_read_prompts), lengths * 0 + T
     def draw(prompts, G, last):       # row i speaks its last word, 0, at step last[i]
         edit = lambda t, rows, ids, scores, kind: (

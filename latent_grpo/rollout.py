@@ -104,7 +104,7 @@ class _Phase:
         self.owed = torch.where(kind == END, len(self.marker) - 1, (self.owed - 1).clamp(min=0))
     def select(self, rows): self.thinking, self.owed = self.thinking[rows], self.owed[rows]
 
-# %% ../nbs/06_rollout.ipynb #b473e16e
+# %% ../nbs/06_rollout.ipynb #88d3b1af
 @torch.no_grad()
 def generate(
     model,                    # a `LatentLM`
@@ -112,22 +112,20 @@ def generate(
     sampling: Sampling,
     end_latent_ids: tuple,    # the end-of-latent marker
     eos_id: int,
-    group_size: int = 1,      # G responses per prompt
-    max_steps: int = 64,      # L_max: latent and text steps together
+    group_size: int = 1, max_steps: int = 64,      # G; L_max: latent and text steps together
     thinking: bool = True,    # False: an explicit chain of words from the start
-    seed: int = 0,            # of the noise
-    rows: Tensor | None = None,   # [B x G] row numbers of the noise; default 0, 1, 2, ...
+    seed: int = 0, rows: Tensor | None = None,    # of the noise: row numbers [B x G] or 0, 1, ...
     edit=None,                # (t, alive, ids, scores, kind) -> what is done instead of the draw
 ) -> Rollout:
     "Draw G responses for each prompt"
     device, G, N = model.embed.device, group_size, len(prompts) * group_size
     prompt_ids, prompt_mask, logits, cache = _read_prompts(model, prompts, G)
     rows = torch.arange(N, device=device) if rows is None else rows.to(device)
-    sampling = replace(sampling, end_id=end_latent_ids[0])
+    now = sampling = replace(sampling, end_id=end_latent_ids[0])
     phase, P = _Phase(N, thinking, end_latent_ids, device), prompt_ids.shape[1]
     mask = torch.cat([prompt_mask.repeat_interleave(G, 0), prompt_mask.new_ones(N, max_steps)], 1)
-    alive, ended = torch.arange(N, device=device), torch.zeros(N, dtype=torch.bool, device=device)
-    now, record, over = sampling, [], ended.clone()     # over: has ended, but is still carried
+    alive, record = torch.arange(N, device=device), []
+    over, ended = alive < 0, alive < 0     # over: has ended, but is still carried
     keys = noise_keys(seed, rows[:, None], torch.arange(max_steps, device=device))
     for t in range(max_steps):
         ids, scores, kind, logps = draw_scored(logits, keys[alive, t], phase.thinking, now)

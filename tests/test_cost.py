@@ -145,9 +145,9 @@ def test_scores_in_chunks_have_the_values_and_gradients_of_the_naive_ones():
 def test_no_table_of_log_probabilities_is_kept():
     """What autograd keeps for latent and text steps: the logits, and nothing else of their size."""
     logits, kept = rand(8, 1000).requires_grad_(), []
-    kind = torch.tensor([LATENT] * 4 + [END] * 4)
+    thought = torch.tensor([LATENT] * 4 + [END] * 4)
     save = lambda t: kept.append(t) or t
-    for kind in (kind, torch.full((8,), TEXT)):
+    for kind in (thought, torch.full((8,), TEXT)):
         with torch.autograd.graph.saved_tensors_hooks(save, lambda t: t):
             score_steps(logits, torch.zeros(8, 3).long(), torch.zeros(8, 3), kind, Sampling(top_k=3))
     large = {t.data_ptr() for t in kept if t.numel() >= 8000}
