@@ -71,7 +71,7 @@ def study(record):
     rest = [v["claim"] for v in record["verdicts"] if not v["rungs"]]
     how = (f"Differences of noise-free Pass@1 in points with 95 % intervals (lengths: a ratio; O1: a gradient), on the first rung that was run. "
            f"Lines of the table: {runs}. {made_by(record)}")
-    left = f" Not run yet: {', '.join(rest)}." if rest else ""
+    left = f" Not run yet: {'; '.join(rest)}." if rest else ""
     return f"{verdict_table(ran, rungs=False)}\n\n{how}{left}\n"
 
 
