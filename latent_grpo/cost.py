@@ -24,7 +24,7 @@ from .sampling import (END, LATENT, PAD, TEXT, Sampling, gumbel, latent_score,
                                   noise_keys)
 from .vanilla import Update, policy_loss
 
-# %% ../nbs/33_cost.ipynb #e70b461e
+# %% ../nbs/33_cost.ipynb #9c43ac59
 @dataclass(frozen=True)
 class Shape:
     "The sizes of a Llama whose embeddings are also its head"
@@ -42,7 +42,7 @@ def _bound(moved, ops, rates):
 def floor(
     shape: Shape, batch: int,
     length: int, rates: dict,    # positions behind the step, and `machine_rates`
-) -> dict:          # bytes (4 a number), operations, and the seconds below which no step comes
+) -> dict:          # bytes (4 a number), operations, and an estimate of the least seconds
     "(33.1): what a step must read, write and multiply"
     seen = shape.layers * length * shape.width * batch
     return _bound(4 * (shape.weights + 2 * seen + shape.vocab * batch),

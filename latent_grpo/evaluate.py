@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Interval', 'bootstrap_interval', 'wilson_interval', 't_quantile', 'seed_interval', 'hierarchical_bootstrap',
-           'benchmark_mean', 'pass_at_k', 'support_per_step', 'policy_kl', 'rollout_metrics', 'rollouts', 'evaluate']
+           'benchmark_mean', 'spearman', 'rank_correlation', 'pass_at_k', 'support_per_step', 'policy_kl',
+           'rollout_metrics', 'rollouts', 'evaluate']
 
 # %% ../nbs/17_evaluate.ipynb #a7ba1593
 import numpy as np
@@ -105,6 +106,28 @@ def benchmark_mean(intervals, # one `Interval` per benchmark, of independent pro
     root = lambda x: np.sqrt((x ** 2).sum()) / len(mean)
     centre = mean.mean()
     return Interval(*map(float, (centre, centre - root(mean - low), centre + root(high - mean))))
+
+# %% ../nbs/17_evaluate.ipynb #e2b69a3b
+def spearman(x, y) -> float:
+    "Correlation of ranks; 0 where one of the two does not vary"
+    ranks = lambda v: np.array([(v < a).sum() + (v == a).sum() / 2 for a in v], dtype=float)
+    a, b = ranks(np.asarray(x)), ranks(np.asarray(y))
+    return float(np.corrcoef(a, b)[0, 1]) if a.std() and b.std() else 0.
+
+def rank_correlation(
+    groups: list,    # of points (cluster, x, y): the correlation is taken within a group
+    draws: int = 2000, seed: int = 0,
+) -> Interval:       # mean over the groups
+    "Spearman's; a bootstrap over clusters, each drawn in all groups at once"
+    names, rng = sorted({p[0] for g in groups for p in g}), np.random.default_rng(seed)
+    def rho(weights):
+        kept = [[p for p in g for _ in range(weights[p[0]])] for g in groups]
+        return np.mean([spearman(*zip(*(p[1:] for p in g))) for g in kept if len(g) > 2])
+    drawn = [np.bincount(rng.integers(len(names), size=len(names)), minlength=len(names))
+             for _ in range(draws)]
+    found = [rho(dict(zip(names, d))) for d in drawn]
+    whole = rho(dict.fromkeys(names, 1))
+    return Interval(float(whole), *map(float, np.quantile(found, [.025, .975])))
 
 # %% ../nbs/17_evaluate.ipynb #82c95173
 def pass_at_k(n, # samples of each problem: int or [problems]

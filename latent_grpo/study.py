@@ -222,7 +222,14 @@ def best_mean(row: dict) -> float:
     last = split_mean(row['scores'], 'noise_free', 'pass1')
     return float(np.mean([s['pass1'] for s in row['best'].values()])) if 'best' in row else last
 
-# %% ../nbs/35_study.ipynb #626b5611
+# %% ../nbs/35_study.ipynb #e27d86fd
+def _same(row, job, table):
+    "A run of other settings under the same name is an error"
+    was, now = row['settings'], json.loads(json.dumps(job.vary))
+    if was != now:
+        raise ValueError(f"{table}: holds {row['cell']}, seed {row['seed']}, with {was}, not {now}; "
+                         'name another --table')
+
 def study(
     name: str,              # a key of `STUDIES`
     table: Path,            # compressed results table: what it holds is not run again
@@ -234,14 +241,17 @@ def study(
     "Run what is missing of a study; every finished run is a line"
     rows = {_key(r): r for r in read_table(table) + read_table(out/'rows.jsonl')}
     out.mkdir(parents=True, exist_ok=True)
-    todo = [a for a in arms(name, chosen_rates(rows.values())) if only in ('', a.name)]
+    rates = chosen_rates(rows.values())
+    todo = [a for a in arms(name, rates) if only in ('', a.name)]
     if not todo: raise ValueError(f'arm {only!r}: {name} has none of this name')
+    if name in ('toy', 'ladder', 'pass') and (late := {c.name for c in MAIN + PEERS} - rates.keys()):
+        raise ValueError(f'{name}: {min(late)} has no learning rate; run the study search first')
     for arm in todo:
         jobs = {}
         for seed, cell in product(arm.seeds, arm.cells):
-            if (name, arm.name, cell.name, seed) in rows: continue
             job = Job(arm.preset, cell.method, seed, arm.settings | cell.settings, {}, out)
-            jobs[job.folder] = (job, cell.name)
+            if kept := rows.get((name, arm.name, cell.name, seed)): _same(kept, job, table)
+            else: jobs[job.folder] = (job, cell.name)
 
         def each(job, result, arm=arm, jobs=jobs):
             own = [f'{k} {v}' for k, v in job.vary.items() if k not in arm.settings]

@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['MARGIN', 'TOYS', 'WORDS', 'RUNGS', 'PASS', 'GRID', 'OTHERS', 'CLAIMS', 'SHORT_LOOKS', 'LOOKS', 'pick', 'shared',
-           'answers', 'difference', 'per_run', 'collapsed', 'judge', 'overall', 'Claim', 'steps', 'passing', 'passes',
-           'main_effect', 'at_end', 'invalid', 'closure_gap', 'rank_correlation', 'leak_and_drift', 'leak_predicts',
+           'answers', 'wider', 'difference', 'per_run', 'collapsed', 'judge', 'overall', 'Claim', 'steps', 'passing',
+           'passes', 'main_effect', 'at_end', 'invalid', 'closure_gap', 'leak_and_drift', 'leak_predicts',
            'ratio_of_steps', 'more_drift', 'released_direction', 'score', 'verdicts', 'effect_text', 'verdict_table',
            'plot_verdicts', 'means', 'plot_methods', 'plot_grid', 'plot_leak', 'plot_map', 'figures']
 
-# %% ../nbs/36_verdicts.ipynb #17442ea0
+# %% ../nbs/36_verdicts.ipynb #e8920aed
 from dataclasses import dataclass
 import numpy as np
-from .evaluate import Interval, hierarchical_bootstrap, pass_at_k, seed_interval
+from .evaluate import (Interval, hierarchical_bootstrap, pass_at_k, rank_correlation,
+                                  seed_interval)
 from .plots import style
 from .presets import make_config
 from .sampling import gradient_factor
@@ -39,17 +40,24 @@ def answers(row: dict, mode: str = 'noise_free') -> np.ndarray:    # [problems]
     total = sum(map(len, parts))
     return np.concatenate([p * total / (len(parts) * len(p)) for p in parts])
 
-# %% ../nbs/36_verdicts.ipynb #c53ce593
-def difference(rows: list, arm: str, a: str, b: str, mode: str = 'noise_free'):
-    "Pass@1 of a less that of b, paired by seed and problem; None with fewer than two seeds"
-    pairs = shared(rows, arm, a, b)
-    if len(pairs) < 2: return None
-    return hierarchical_bootstrap([answers(x, mode) - answers(y, mode) for x, y in pairs])
+# %% ../nbs/36_verdicts.ipynb #bd30d8e5
+def wider(differences) -> Interval:    # of [seeds, problems]
+    "The wider of a bootstrap over seeds and problems, and Student's t over seeds"
+    a = hierarchical_bootstrap(differences)
+    b = seed_interval(np.mean(differences, 1))
+    return Interval(a.mean, min(a.low, b.low), max(a.high, b.high))
+
+def difference(rows: list, arm: str, cells: tuple, mode: str = 'noise_free'):
+    "Pass@1 of a less b (of four: less c less d), paired; None with fewer than three seeds"
+    found = shared(rows, arm, *cells)
+    if len(found) < 3: return None
+    signs = (1, -1, -1, 1)
+    return wider([sum(s * answers(x, mode) for s, x in zip(signs, runs)) for runs in found])
 
 def per_run(rows: list, arm: str, cells: tuple, value):    # value(*rows of a seed) -> float
     "Interval over seeds of something that has one number a run"
     numbers = [value(*found) for found in shared(rows, arm, *cells)]
-    return seed_interval(numbers) if len(numbers) > 1 else None
+    return seed_interval(numbers) if len(numbers) > 2 else None
 
 def collapsed(rows: list, arm: str, cell: str, start: str = 'latent-start') -> float:
     "Share of runs whose Pass@1 ends below half of their start's"
@@ -78,7 +86,7 @@ def overall(verdicts: list) -> str:
     if fails > .5 and not holds: return 'does not hold here'
     return 'mixed' if holds and fails else 'open'
 
-# %% ../nbs/36_verdicts.ipynb #f52d458f
+# %% ../nbs/36_verdicts.ipynb #c84d8ab7
 @dataclass(frozen=True)
 class Claim:
     "Something that holds or fails on a rung (protocol)"
@@ -86,7 +94,7 @@ class Claim:
     text: str
     kind: str                # for `judge`
     arms: tuple              # rungs on which it is tested
-    what: object             # two cells whose Pass@1 is compared; or (rows, arm) -> interval
+    what: object             # cells whose Pass@1 is compared; or (rows, arm) -> interval
     unit: str = 'points'     # of Pass@1 and pass@k: shown in hundredths
     line: float = 0.
     flat: str = ''           # the cell whose collapses count
@@ -94,11 +102,13 @@ class Claim:
     def on(self, rows: list, arm: str, mode: str = 'noise_free') -> dict | None:
         "Effect and verdict on one rung; None where it was not run"
         if callable(self.what): effect = self.what(rows, arm)
-        else: effect = difference(rows, arm, *self.what, mode)
+        else: effect = difference(rows, arm, self.what, mode)
         if effect is None: return None
         lost = collapsed(rows, arm, self.flat) if self.flat else 0.
+        seeds = len({r['seed'] for r in rows if r['arm'] in arm.split('|')}) if callable(
+            self.what) else len(shared(rows, arm, *self.what))
         return dict(claim=self.name, arm=arm, effect=effect, unit=self.unit, collapses=lost,
-                    verdict=judge(self.kind, effect, self.line, lost))
+                    seeds=seeds, verdict=judge(self.kind, effect, self.line, lost))
 
 # %% ../nbs/36_verdicts.ipynb #a757a08b
 def steps(row):
@@ -106,7 +116,7 @@ def steps(row):
     return np.mean([s['noise_free']['latent_length'] + s['noise_free']['text_length']
                     for s in row['scores'].values()])
 
-# %% ../nbs/36_verdicts.ipynb #156b972e
+# %% ../nbs/36_verdicts.ipynb #551911f4
 def passing(row: dict, noise: str, k: int) -> np.ndarray:    # [problems]
     "pass@k of a run at a scale of the latent noise"
     return pass_at_k(64, np.array(list(map(int, row['pass_at'][noise].split()))), k)
@@ -115,12 +125,12 @@ def passes(a, noise_a, k_a, b, noise_b, k_b):
     "The difference of two pass@k, paired"
     def measure(rows, arm):
         pairs = [p for p in shared(rows, arm, a, b) if all('pass_at' in x for x in p)]
-        if len(pairs) < 2: return None
-        return hierarchical_bootstrap([passing(x, noise_a, k_a) - passing(y, noise_b, k_b)
+        if len(pairs) < 3: return None
+        return wider([passing(x, noise_a, k_a) - passing(y, noise_b, k_b)
                                        for x, y in pairs])
     return measure
 
-# %% ../nbs/36_verdicts.ipynb #8cb91843
+# %% ../nbs/36_verdicts.ipynb #e8f279f1
 def main_effect(position: int, on: str, off: str, value):
     "Of a switch of the grid on a number of a run: mean over pairs of cells that differ in it only"
     def measure(rows, arm):
@@ -128,13 +138,11 @@ def main_effect(position: int, on: str, off: str, value):
         flip = lambda c: ', '.join(off if i == position else x for i, x in enumerate(c.split(', ')))
         pairs = [(c, flip(c)) for c in sorted(cells)
                  if c.split(', ')[position] == on and flip(c) in cells]
-        by_seed = {}
-        for pair in pairs:
-            for x, y in shared(rows, arm, *pair):
-                d = [value(x), value(y)]
-                if None not in d: by_seed.setdefault(x['seed'], []).append(d[0] - d[1])
-        means = [float(np.mean(v)) for v in by_seed.values()]
-        return seed_interval(means) if len(means) > 1 else None
+        runs = [(x['seed'], value(x), value(y)) for p in pairs for x, y in shared(rows, arm, *p)]
+        known, by_seed = [r for r in runs if None not in r], {}
+        for seed, a, b in known: by_seed.setdefault(seed, []).append(a - b)
+        if len(by_seed) < 3 or len(known) < .8 * len(runs): return None     # too few to judge
+        return seed_interval([float(np.mean(v)) for v in by_seed.values()])
     return measure
 
 def at_end(name): return lambda row: row['at_end'].get(name)
@@ -146,38 +154,30 @@ def closure_gap(row):
     d = row['at_end']
     return d['closure_each'] - d['closure_mean'] if 'closure_each' in d else None
 
-# %% ../nbs/36_verdicts.ipynb #76f97c41
-def rank_correlation(x, y, draws: int = 2000, seed: int = 0) -> Interval:
-    "Spearman's, with a bootstrap over the pairs"
-    x, y, rng = np.asarray(x), np.asarray(y), np.random.default_rng(seed)
-    ranks = lambda v: np.array([(v < a).sum() + (v == a).sum() / 2 for a in v], dtype=float)
-    def rho(i):
-        a, b = ranks(x[i]), ranks(y[i])
-        return np.corrcoef(a, b)[0, 1] if a.std() and b.std() else 0.
-    found = [rho(rng.integers(len(x), size=len(x))) for _ in range(draws)]
-    return Interval(float(rho(np.arange(len(x)))), *map(float, np.quantile(found, [.025, .975])))
-
-def leak_and_drift(rows: list, arms) -> dict:    # (arm, cell) -> leak at the start, KL at the end
-    "Means over seeds of every latent cell"
+# %% ../nbs/36_verdicts.ipynb #0b2f0e7f
+def leak_and_drift(rows: list, arm: str) -> list:    # of points (cluster, leak, KL)
+    "Leak at the start and KL at the end of every latent cell, means over seeds"
     found = {}
     for r in rows:
-        if r['arm'] in arms and r.get('at_start', {}).get('leak') is not None:
+        if r['arm'] == arm and r.get('at_start', {}).get('leak') is not None:
             kl = np.mean([s['sampled']['kl'] for s in r['scores'].values()])
-            found.setdefault((r['arm'], r['cell']), []).append((r['at_start']['leak'], kl))
-    return {k: tuple(np.mean(v, 0)) for k, v in found.items()}
+            found.setdefault(r['cell'], []).append((r['at_start']['leak'], kl))
+    cluster = lambda c: c.rsplit(', ', 2)[0] if c.count(', ') == 4 else c    # grid: same sampler
+    return [(cluster(c), *map(float, np.mean(v, 0))) for c, v in found.items()]
 
 def leak_predicts(rows, arm):
-    "Rank correlation over the cells of the arm, or None with fewer than six"
-    points = list(leak_and_drift(rows, arm.split('|')).values())
-    return rank_correlation(*zip(*points)) if len(points) > 5 else None
+    "Rank correlation within the arms, or None where one has fewer than six cells"
+    groups = [leak_and_drift(rows, a) for a in arm.split('|')]
+    return rank_correlation(groups) if min(map(len, groups)) > 5 else None
 
-# %% ../nbs/36_verdicts.ipynb #2a969356
+# %% ../nbs/36_verdicts.ipynb #9de770bb
 TOYS = ('toy', 'peaked', 'modulus 13', 'modulus 13, peaked')
 WORDS = ('r = 2', 'r = 3', 'r = 4')
 RUNGS = TOYS + WORDS
 
 def ratio_of_steps(rows, arm):
     "How many times shorter the noise-free answers of `paper` are than those of `explicit`"
+    if collapsed(rows, arm, 'paper') >= .5: return None      # the length of nonsense is no claim
     return per_run(rows, arm, ('explicit', 'paper'), lambda e, p: steps(e) / steps(p))
 
 def more_drift(a, b):
@@ -192,13 +192,17 @@ def released_direction(rows, arm):
 
 def score(row): return answers(row).mean()
 
-# %% ../nbs/36_verdicts.ipynb #e6b04c5b
+# %% ../nbs/36_verdicts.ipynb #9aa39bc4
 PASS, GRID, OTHERS = ('pass@k',), ('grid',), '|'.join(TOYS[1:])
 CLAIMS = (
     Claim('C1', 'Latent-GRPO improves its latent start', 'more', RUNGS, ('paper', 'latent-start')),
+    Claim('C1, small rates', 'the same at rates below the search', 'more', ('lr 1e-06', 'lr 1e-05'),
+          ('paper', 'latent-start')),
     Claim('C2', 'it matches or beats explicit GRPO', 'level', RUNGS, ('paper', 'explicit')),
     Claim('C2, length', 'in chains at least 3 times shorter', 'above', RUNGS, ratio_of_steps,
           'times', 3.),
+    Claim('C2, gain', 'it gains as much on its start as explicit GRPO on its own', 'level', RUNGS,
+          ('paper', 'latent-start', 'explicit', 'explicit-start')),
     Claim('C3', 'naive latent GRPO is flat or unstable', 'flat', RUNGS,
           ('vanilla', 'latent-start'), flat='vanilla'),
     Claim('C4', 'one-sided noise is needed', 'more', TOYS, ('paper', 'paper, two-sided')),
@@ -213,22 +217,26 @@ CLAIMS = (
           passes('paper', '0.5', 64, 'explicit', '0.0', 64)),
     Claim('C8, masking', 'masking lowers the invalid share', 'less', GRID,
           main_effect(3, 'paper', 'off', invalid), 'share'),
-    Claim('C8, noise', 'one-sided noise lowers misalignment', 'less', GRID,
+    Claim('C8, noise', 'one-sided noise lowers misalignment (by construction)', 'less', GRID,
           main_effect(1, 'one-sided', 'two-sided', at_end('misaligned')), 'share'),
     Claim('C8, selection', 'first-token selection lowers the closure gap', 'less', GRID,
           main_effect(4, 'paper', 'off', closure_gap), 'share'),
     Claim('C9', 'without Latent-SFT it fails', 'less', ('from explicit',),
           ('paper, no Latent-SFT', 'paper')),
-    Claim('O1', 'the released estimator does not flip the sign', 'more', ('one component',),
+    Claim('O1', 'the released estimator does not flip the sign', 'above', ('one component',),
           released_direction, 'gradient'),
     Claim('O1, cost', 'and scores below the one that does', 'less', GRID,
           main_effect(2, 'released', 'aligned', score)),
-    Claim('O2', 'the mean of the score predicts drift', 'more', ('grid', OTHERS), leak_predicts,
+    Claim('O2', 'the mean of the score predicts drift', 'above', ('grid', OTHERS), leak_predicts,
           'rank correlation'),
     *(Claim(f'O3, {a} - {b}', f'the {a} score is above {b}', 'more', RUNGS, (a, b))
       for a in ('exact', 'centred') for b in ('vanilla', 'paper')),
     *(Claim(f'O3, {a} - explicit', f'the {a} score is level with explicit GRPO', 'level', RUNGS,
             (a, 'explicit')) for a in ('exact', 'centred')),
+    Claim('O3, score alone', 'the exact score is above the published one, masking the same', 'more',
+          GRID, ('exact, two-sided, none, paper, off', 'published, two-sided, none, paper, off')),
+    Claim('O3, centring alone', 'one-sided noise gains by the centring', 'more', GRID,
+          ('centred, one-sided, none, paper, off', 'published, one-sided, none, paper, off')),
     *(Claim(f'O3, drift of {a}', f'the {a} score drifts less than vanilla', 'less', RUNGS,
             more_drift(a, 'vanilla'), 'nats') for a in ('exact', 'centred')),
 )
@@ -245,7 +253,7 @@ def verdicts(rows: list) -> list:    # per claim: dict with `rungs` and `verdict
         out.append(dict(claim=claim.name, text=claim.text, rungs=rungs, verdict=overall(found)))
     return out
 
-# %% ../nbs/36_verdicts.ipynb #ac7c2a6b
+# %% ../nbs/36_verdicts.ipynb #451443be
 def effect_text(x: dict) -> str:
     "An effect with its interval; Pass@1 in points"
     scale, digits = (100, 1) if x['unit'] in ('points', 'share') else (1, 2)
@@ -256,8 +264,10 @@ def verdict_table(found: list, rungs: bool = True) -> str:
     "Markdown: a line per claim; with `rungs` the effect on every rung, else on the first"
     lines = ['| | claim | verdict | evidence |', '|---|---|---|---|']
     for v in found:
-        tests = [f"{x['arm'].replace('|', ', ')}: {effect_text(x)} {x['verdict']}"
-                 for x in v['rungs']]
+        best = lambda x: x.get('at_best', x['verdict'])
+        tests = [f"{x['arm'].replace('|', ', ')}: {effect_text(x)}, {x['seeds']} seeds: "
+                 f"{x['verdict']}" + f' (at the best checkpoint: {best(x)})'
+                 * (best(x) != x['verdict']) for x in v['rungs']]
         evidence = '<br>'.join(tests) if rungs else (tests or [''])[0]
         lines.append(f"| {v['claim']} | {v['text']} | **{v['verdict']}** | {evidence} |")
     return '\n'.join(lines)
@@ -337,21 +347,21 @@ def plot_grid(rows: list):    # a matplotlib figure
         ax.set_title('Pass@1 of score, noise, estimator (%)')
     return fig
 
-# %% ../nbs/36_verdicts.ipynb #9aa24d8b
+# %% ../nbs/36_verdicts.ipynb #ab4b2366
 def plot_leak(rows: list, arms: tuple):    # a matplotlib figure
     "Leak of the score at the start against the KL at the end, a point per cell"
     with style():
         import matplotlib.pyplot as plt
         fig, ax = plt.subplots(figsize=(6, 3.6))
         for arm, marker in zip(arms, 'os^Dv'):
-            points = np.array(list(leak_and_drift(rows, (arm,)).values()))
+            points = np.array([p[1:] for p in leak_and_drift(rows, arm)])
             if len(points): ax.plot(*points.T, marker, alpha=.7, label=arm)
         ax.set(xlabel='mean of the score at the start (share of its length)', yscale='log',
                ylabel='KL to the start (nats a step)', title='A score with a mean drifts')
         ax.figure.legend(loc='outside lower center', ncols=4)
     return fig
 
-# %% ../nbs/36_verdicts.ipynb #4bdaed8c
+# %% ../nbs/36_verdicts.ipynb #af136f5c
 def plot_map(rows: list):    # a matplotlib figure
     "Gain over the start along every axis of the map, a panel per axis"
     rows, axes_of, preset = [r for r in rows if r['study'] == 'map'], {}, make_config('toy')
@@ -364,7 +374,7 @@ def plot_map(rows: list):    # a matplotlib figure
                                  sharey=True, squeeze=False)
         for ax, (name, here) in zip(axes.flat, axes_of.items()):
             for cell, (colour, marker) in SHORT_LOOKS.items():
-                gains = [difference(rows, here[v], cell, 'latent-start') for v in sorted(here)]
+                gains = [difference(rows, here[v], (cell, 'latent-start')) for v in sorted(here)]
                 known = [(i, 100 * g.mean) for i, g in enumerate(gains) if g]
                 if known: ax.plot(*zip(*known), f'-{marker}', color=colour, label=cell)
             ax.set_xticks(range(len(here)), [f'{v:g}' for v in sorted(here)])

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 
 from latent_grpo import study as package
+from latent_grpo.evaluate import hierarchical_bootstrap, rank_correlation, seed_interval
 from latent_grpo.presets import make_config
 from latent_grpo.study import (RATES, SEARCH_SEEDS, SEEDS, STUDIES, Arm, Cell, arms, chosen_rates, grid_cells,
                                read_table, report, study, write_table)
 from latent_grpo.verdicts import (CLAIMS, Claim, answers, collapsed, difference, judge, leak_predicts, main_effect,
-                                  overall, passes, rank_correlation, verdict_table, verdicts)
+                                  overall, passes, verdict_table, verdicts, wider)
 
 
 def run(cell, seed, right, arm="toy", study="toy", **more):
@@ -54,8 +55,8 @@ def test_searched_rates_reach_the_cells():
 
 def test_an_unknown_study_and_an_unknown_arm_are_refused(tmp_path):
     with pytest.raises(ValueError, match="study 'toys': choose one of search"): arms("toys")
-    with pytest.raises(ValueError, match="arm 'x': toy has none of this name"):
-        study("toy", tmp_path / "t.gz", tmp_path / "runs", only="x")
+    with pytest.raises(ValueError, match="arm 'x': grid has none of this name"):
+        study("grid", tmp_path / "t.gz", tmp_path / "runs", only="x")
 
 
 def test_the_grid_flips_one_switch_at_a_time():
@@ -138,9 +139,20 @@ def test_one_verdict_from_several_rungs(found, verdict): assert overall(found) =
 def test_differences_are_paired_by_seed_and_problem():
     rows = [run("a", s, "1" * (20 + s) + "0" * (80 - s)) for s in (1, 2, 3)]
     rows += [run("b", s, "1" * (10 + s) + "0" * (90 - s)) for s in (1, 2, 3)] + [run("b", 9, "1" * 100)]
-    d = difference(rows, "toy", "a", "b")
+    rows += [run("c", s, "1" * 5 + "0" * 95) for s in (1, 2, 3)]
+    d = difference(rows, "toy", ("a", "b"))
     assert d.mean == pytest.approx(.1) and d.low > .03 and d.high < .18       # seed 9 has no partner
-    assert difference(rows, "toy", "a", "missing") is None
+    assert difference(rows, "toy", ("a", "missing")) is None
+    assert difference(rows, "toy", ("a", "b", "b", "c")).mean == pytest.approx(.1 - .07)     # of gains
+    assert difference([r for r in rows if r["seed"] != 3], "toy", ("a", "b")) is None        # two seeds
+
+
+def test_the_wider_interval_counts():
+    """Seeds that differ, problems that do not: the bootstrap over three seeds is too narrow, t is not."""
+    d = np.repeat([[.1], [.2], [.3]], 50, axis=1)
+    assert wider(d)[1:] == seed_interval(d.mean(1))[1:]
+    one = np.random.default_rng(0).normal(size=(1, 60)).repeat(3, 0)       # problems differ, seeds do not
+    assert wider(one)[1:] == hierarchical_bootstrap(one)[1:]
 
 
 def test_tests_of_unequal_size_weigh_the_same():
@@ -167,17 +179,34 @@ def test_a_main_effect_is_a_mean_over_pairs():
 
 def test_pass_at_k_is_compared_problem_by_problem():
     counts = lambda *c: dict(pass_at={"0.0": " ".join(map(str, c))})
-    rows = [run("a", s, "1", arm="p", **counts(64, 1)) for s in (1, 2)]
-    rows += [run("b", s, "1", arm="p", **counts(64, 0)) for s in (1, 2)]
+    rows = [run("a", s, "1", arm="p", **counts(64, 1)) for s in (1, 2, 3)]
+    rows += [run("b", s, "1", arm="p", **counts(64, 0)) for s in (1, 2, 3)]
     assert passes("a", "0.0", 64, "b", "0.0", 64)(rows, "p").mean == pytest.approx(.5)
     assert passes("a", "0.0", 1, "b", "0.0", 1)(rows, "p").mean == pytest.approx(.5 / 64)
 
 
+def points(x, y, names=None): return [list(zip(names or map(str, range(len(x))), x, y))]
+
+
 def test_rank_correlation_sees_order_only():
     x = np.arange(8.)
-    assert rank_correlation(x, np.exp(x)).mean == 1 and rank_correlation(x, -x**3).mean == -1
-    assert rank_correlation(x, np.ones(8)).mean == 0
-    assert rank_correlation([1, 2, 3, 4], [1, 3, 2, 4]).mean == pytest.approx(.8)
+    assert rank_correlation(points(x, np.exp(x))).mean == 1 and rank_correlation(points(x, -x**3)).mean == -1
+    assert rank_correlation(points(x, np.ones(8))).mean == 0
+    assert rank_correlation(points([1, 2, 3, 4], [1, 3, 2, 4])).mean == pytest.approx(.8)
+
+
+def test_copies_of_a_point_are_no_further_evidence():
+    rng = np.random.default_rng(1)
+    x, y, names = rng.normal(size=6), rng.normal(size=6), list("abcdef")
+    many = lambda v: np.concatenate([v + e for e in (0, 1e-6, 2e-6, 3e-6)])
+    one, own = (rank_correlation(points(many(x), many(y), n)) for n in (names * 4, None))
+    assert one.high - one.low > 1.3 * (own.high - own.low)
+
+
+def test_ranks_are_compared_within_a_rung():
+    falling = [list(zip("abcd", [1, 2, 3, 4], [4, 3, 2, 1])), list(zip("abcd", [11, 12, 13, 14], [14, 13, 12, 11]))]
+    assert rank_correlation(falling).mean == -1           # pooled it would rise
+    assert rank_correlation([sum(falling, [])]).mean > 0
 
 
 def test_the_leak_is_compared_with_the_drift_of_the_same_cells():
@@ -187,8 +216,32 @@ def test_the_leak_is_compared_with_the_drift_of_the_same_cells():
     assert leak_predicts(rows[:8], "grid") is None        # four cells are too few
 
 
+def test_the_length_of_nonsense_is_no_claim():
+    claim = next(c for c in CLAIMS if c.name == "C2, length")
+    rows = [run(c, s, r) for s in (1, 2, 3) for c, r in (("latent-start", "1111"), ("paper", "1110"), ("explicit", "1111"))]
+    assert claim.on(rows, "toy")["effect"].mean == pytest.approx(1.)
+    lost = [r | dict(scores=run("", 0, "1000")["scores"]) if r["cell"] == "paper" else r for r in rows]
+    assert claim.on(lost, "toy") is None
+
+
+def test_a_missing_metric_gives_no_verdict():
+    cell = lambda m: f"published, two-sided, none, {m}, off"
+    rows = [run(cell(m), s, "0", arm="grid", x=None if s == 1 and m == "off" else 1.) for m in ("off", "paper") for s in (1, 2, 3)]
+    assert main_effect(3, "paper", "off", lambda r: r["x"])(rows, "grid") is None
+
+
+def test_a_study_does_not_mix_settings(tmp_path, monkeypatch):
+    arm = Arm("a", (Cell("vanilla", "vanilla", dict(lr=1e-5)),), (1,))
+    monkeypatch.setitem(package.STUDIES, "tiny", lambda rates: [arm])
+    write_table([run("vanilla", 1, "1", arm="a", study="tiny", settings=dict(lr=1e-4))], tmp_path / "t.gz")
+    with pytest.raises(ValueError, match="holds vanilla, seed 1, with {'lr': 0.0001}, not {'lr': 1e-05}"):
+        study("tiny", tmp_path / "t.gz", tmp_path / "runs", bar=False)
+    with pytest.raises(ValueError, match="toy: .* has no learning rate; run the study search first"):
+        study("toy", tmp_path / "none.gz", tmp_path / "runs2", bar=False)
+
+
 def test_claims_name_cells_that_are_run():
-    cells = {a.name: {c.name for c in a.cells} | {"latent-start"} for n in STUDIES for a in arms(n)}
+    cells = {a.name: {c.name for c in a.cells} | {"latent-start", "explicit-start"} for n in STUDIES for a in arms(n)}
     for claim in CLAIMS:
         if claim.name == "O1": continue                   # computed, not run
         for arm in (a for name in claim.arms for a in name.split("|")):
@@ -205,10 +258,10 @@ def test_a_claim_without_runs_says_so():
 
 def test_the_table_shows_effect_interval_and_verdict():
     claim = Claim("C", "a is better", "more", ("toy",), ("a", "b"))
-    rows = [run("a", s, "1" * 50) for s in (1, 2)] + [run("b", s, "0" * 50) for s in (1, 2)]
+    rows = [run("a", s, "1" * 50) for s in (1, 2, 3)] + [run("b", s, "0" * 50) for s in (1, 2, 3)]
     x = claim.on(rows, "toy")
     table = verdict_table([dict(claim="C", text="a is better", rungs=[x], verdict="holds here")])
-    assert "+100.0 [+100.0, +100.0] holds" in table and "**holds here**" in table
+    assert "+100.0 [+100.0, +100.0], 3 seeds: holds" in table and "**holds here**" in table
 
 
 # -------------------------------------------------------------------------------------------- what is committed
