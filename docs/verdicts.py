@@ -19,7 +19,7 @@ def summary(rows):
     """How the rows were made, how many there are, and what follows from them."""
     made = [r["made"] for r in rows]
     joined = lambda key: ", ".join(sorted({m[key] for m in made}))
-    return dict(command="; ".join(sorted({m["command"] for m in made})), commit=joined("commit"),
+    return dict(command="latent-grpo study NAME --table docs/results/study.jsonl.gz", commit=joined("commit"),
                 seeds=sorted({r["seed"] for r in rows}), hardware=joined("hardware"),
                 date=max(m["date"] for m in made), runs=dict(Counter(r["study"] for r in rows)),
                 minutes=round(sum(r["minutes"].get("training", 0) for r in rows), 1),

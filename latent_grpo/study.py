@@ -222,13 +222,13 @@ def best_mean(row: dict) -> float:
     last = split_mean(row['scores'], 'noise_free', 'pass1')
     return float(np.mean([s['pass1'] for s in row['best'].values()])) if 'best' in row else last
 
-# %% ../nbs/35_study.ipynb #e27d86fd
+# %% ../nbs/35_study.ipynb #f4fc228a
 def _same(row, job, table):
     "A run of other settings under the same name is an error"
     was, now = row['settings'], json.loads(json.dumps(job.vary))
     if was != now:
-        raise ValueError(f"{table}: holds {row['cell']}, seed {row['seed']}, with {was}, not {now}; "
-                         'name another --table')
+        run = f"{row['cell']}, seed {row['seed']}"
+        raise ValueError(f'{table}: holds {run}, with {was}, not {now}; name another --table')
 
 def study(
     name: str,              # a key of `STUDIES`
@@ -244,7 +244,8 @@ def study(
     rates = chosen_rates(rows.values())
     todo = [a for a in arms(name, rates) if only in ('', a.name)]
     if not todo: raise ValueError(f'arm {only!r}: {name} has none of this name')
-    if name in ('toy', 'ladder', 'pass') and (late := {c.name for c in MAIN + PEERS} - rates.keys()):
+    late = {c.name for c in MAIN + PEERS} - rates.keys()
+    if name in ('toy', 'ladder', 'pass') and late:
         raise ValueError(f'{name}: {min(late)} has no learning rate; run the study search first')
     for arm in todo:
         jobs = {}
