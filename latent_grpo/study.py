@@ -222,7 +222,7 @@ def best_mean(row: dict) -> float:
     last = split_mean(row['scores'], 'noise_free', 'pass1')
     return float(np.mean([s['pass1'] for s in row['best'].values()])) if 'best' in row else last
 
-# %% ../nbs/35_study.ipynb #f4fc228a
+# %% ../nbs/35_study.ipynb #dfee572d
 def _same(row, job, table):
     "A run of other settings under the same name is an error"
     was, now = row['settings'], json.loads(json.dumps(job.vary))
@@ -230,6 +230,7 @@ def _same(row, job, table):
         run = f"{row['cell']}, seed {row['seed']}"
         raise ValueError(f'{table}: holds {run}, with {was}, not {now}; name another --table')
 
+# %% ../nbs/35_study.ipynb #5e75c575
 def study(
     name: str,              # a key of `STUDIES`
     table: Path,            # compressed results table: what it holds is not run again

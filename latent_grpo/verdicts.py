@@ -6,7 +6,7 @@
 __all__ = ['MARGIN', 'TOYS', 'WORDS', 'RUNGS', 'PASS', 'GRID', 'OTHERS', 'OF_THE_PAPER', 'OURS', 'CLAIMS', 'SHORT_LOOKS', 'LOOKS',
            'pick', 'shared', 'answers', 'wider', 'difference', 'per_run', 'collapsed', 'judge', 'overall', 'Claim',
            'steps', 'passing', 'passes', 'main_effect', 'at_end', 'invalid', 'closure_gap', 'leak_and_drift',
-           'leak_predicts', 'ratio_of_steps', 'more_drift', 'released_direction', 'score', 'verdicts', 'effect_text',
+           'leak_predicts', 'ratio_of_steps', 'more_drift', 'released_direction', 'verdicts', 'effect_text',
            'verdict_table', 'plot_verdicts', 'means', 'plot_methods', 'plot_grid', 'plot_leak', 'plot_map', 'figures']
 
 # %% ../nbs/36_verdicts.ipynb #e8920aed
@@ -40,7 +40,7 @@ def answers(row: dict, mode: str = 'noise_free') -> np.ndarray:    # [problems]
     total = sum(map(len, parts))
     return np.concatenate([p * total / (len(parts) * len(p)) for p in parts])
 
-# %% ../nbs/36_verdicts.ipynb #bd30d8e5
+# %% ../nbs/36_verdicts.ipynb #56b17651
 def wider(differences) -> Interval:    # of [seeds, problems]
     "The wider of a bootstrap over seeds and problems, and Student's t over seeds"
     a = hierarchical_bootstrap(differences)
@@ -62,7 +62,7 @@ def per_run(rows: list, arm: str, cells: tuple, value):    # value(*rows of a se
 def collapsed(rows: list, arm: str, cell: str, start: str = 'latent-start') -> float:
     "Share of runs whose Pass@1 ends below half of their start's"
     ends = [answers(x).mean() < answers(s).mean() / 2 for x, s in shared(rows, arm, cell, start)]
-    return float(np.mean(ends)) if ends else float('nan')
+    return float(np.mean(ends or [0.]))
 
 # %% ../nbs/36_verdicts.ipynb #ea14f2a5
 def judge(
@@ -86,7 +86,7 @@ def overall(verdicts: list) -> str:
     if fails > .5 and not holds: return 'does not hold here'
     return 'mixed' if holds and fails else 'open'
 
-# %% ../nbs/36_verdicts.ipynb #c84d8ab7
+# %% ../nbs/36_verdicts.ipynb #e912a93f
 @dataclass(frozen=True)
 class Claim:
     "Something that holds or fails on a rung (protocol)"
@@ -105,18 +105,17 @@ class Claim:
         else: effect = difference(rows, arm, self.what, mode)
         if effect is None: return None
         lost = collapsed(rows, arm, self.flat) if self.flat else 0.
-        seeds = len({r['seed'] for r in rows if r['arm'] in arm.split('|')}) if callable(
-            self.what) else len(shared(rows, arm, *self.what))
+        counts = lambda c: not c.endswith('-start') if callable(self.what) else c == self.what[0]
+        seeds = len({r['seed'] for r in rows if r['arm'] in arm.split('|') and counts(r['cell'])})
         return dict(claim=self.name, arm=arm, effect=effect, unit=self.unit, collapses=lost,
                     seeds=seeds, verdict=judge(self.kind, effect, self.line, lost))
 
-# %% ../nbs/36_verdicts.ipynb #a757a08b
+# %% ../nbs/36_verdicts.ipynb #716ac887
 def steps(row):
     "Latent and text steps of a run's noise-free answers"
     return np.mean([s['noise_free']['latent_length'] + s['noise_free']['text_length']
                     for s in row['scores'].values()])
 
-# %% ../nbs/36_verdicts.ipynb #551911f4
 def passing(row: dict, noise: str, k: int) -> np.ndarray:    # [problems]
     "pass@k of a run at a scale of the latent noise"
     return pass_at_k(64, np.array(list(map(int, row['pass_at'][noise].split()))), k)
@@ -170,7 +169,7 @@ def leak_predicts(rows, arm):
     groups = [leak_and_drift(rows, a) for a in arm.split('|')]
     return rank_correlation(groups) if min(map(len, groups)) > 5 else None
 
-# %% ../nbs/36_verdicts.ipynb #9de770bb
+# %% ../nbs/36_verdicts.ipynb #20e37cd6
 TOYS = ('toy', 'peaked', 'modulus 13', 'modulus 13, peaked')
 WORDS = ('r = 2', 'r = 3', 'r = 4')
 RUNGS = TOYS + WORDS
@@ -189,8 +188,6 @@ def released_direction(rows, arm):
     "Ascent on log p of a component with margin -1 of a punished rollout; above 0: not flipped"
     one = gradient_factor(torch.tensor([-1.]), 'released', torch.tensor([-1.])).item() * -1
     return Interval(one, one, one)
-
-def score(row): return answers(row).mean()
 
 # %% ../nbs/36_verdicts.ipynb #b830ffce
 PASS, GRID, OTHERS = ('pass@k',), ('grid',), '|'.join(TOYS[1:])
@@ -225,12 +222,12 @@ OF_THE_PAPER = (
           ('paper, no Latent-SFT', 'paper')),
 )
 
-# %% ../nbs/36_verdicts.ipynb #df4cd731
+# %% ../nbs/36_verdicts.ipynb #c33293f0
 OURS = (
     Claim('O1', 'the released estimator does not flip the sign', 'above', ('one component',),
           released_direction, 'gradient'),
     Claim('O1, cost', 'and scores below the one that does', 'less', GRID,
-          main_effect(2, 'released', 'aligned', score)),
+          main_effect(2, 'released', 'aligned', lambda r: answers(r).mean())),
     Claim('O2', 'the mean of the score predicts drift', 'above', ('grid', OTHERS), leak_predicts,
           'rank correlation'),
     *(Claim(f'O3, {a} - {b}', f'the {a} score is above {b}', 'more', RUNGS, (a, b))
@@ -258,7 +255,7 @@ def verdicts(rows: list) -> list:    # per claim: dict with `rungs` and `verdict
         out.append(dict(claim=claim.name, text=claim.text, rungs=rungs, verdict=overall(found)))
     return out
 
-# %% ../nbs/36_verdicts.ipynb #451443be
+# %% ../nbs/36_verdicts.ipynb #ae288b0c
 def effect_text(x: dict) -> str:
     "An effect with its interval; Pass@1 in points"
     scale, digits = (100, 1) if x['unit'] in ('points', 'share') else (1, 2)
@@ -270,14 +267,14 @@ def verdict_table(found: list, rungs: bool = True) -> str:
     lines = ['| | claim | verdict | evidence |', '|---|---|---|---|']
     for v in found:
         best = lambda x: x.get('at_best', x['verdict'])
-        tests = [f"{x['arm'].replace('|', ', ')}: {effect_text(x)}, {x['seeds']} seeds: "
-                 f"{x['verdict']}" + f' (at the best checkpoint: {best(x)})'
+        tests = [f"{x['arm'].replace('|', ', ')}: {effect_text(x)}, "
+                 + f"{x['seeds']} seeds: " * (x['seeds'] > 0) + x['verdict'] + f' (at the best checkpoint: {best(x)})'
                  * (best(x) != x['verdict']) for x in v['rungs']]
         evidence = '<br>'.join(tests) if rungs else (tests or [''])[0]
         lines.append(f"| {v['claim']} | {v['text']} | **{v['verdict']}** | {evidence} |")
     return '\n'.join(lines)
 
-# %% ../nbs/36_verdicts.ipynb #a5c46b7a
+# %% ../nbs/36_verdicts.ipynb #c3e65ead
 SHORT_LOOKS = {'vanilla': ('#56B4E9', '^'), 'paper': ('#E69F00', 'v'), 'exact': ('#0072B2', 'D'),
                'centred': ('#009E73', 'P')}
 LOOKS = {'holds': ('#0072B2', 'o'), 'open': ('#888888', 's'), 'fails': ('#D55E00', 'X')}
@@ -299,8 +296,7 @@ def plot_verdicts(found: list, title: str = ''):    # a matplotlib figure
         ax.axvspan(-100 * MARGIN, 100 * MARGIN, color='#EEEEEE', zorder=0)
         ax.set(xlabel='points of Pass@1 or pass@k, 95 % interval', title=title,
                ylim=(-len(rows) + .3, .7))
-        for name, (colour, marker) in LOOKS.items():
-            ax.plot([], [], marker, color=colour, label=name)
+        for name, (colour, mark) in LOOKS.items(): ax.plot([], [], mark, color=colour, label=name)
         ax.figure.legend(loc='outside lower center', ncols=3)
     return fig
 
@@ -390,14 +386,14 @@ def plot_map(rows: list):    # a matplotlib figure
         fig.legend(*axes[0, 0].get_legend_handles_labels(), loc='outside lower center', ncols=4)
     return fig
 
-# %% ../nbs/36_verdicts.ipynb #8154ac1a
+# %% ../nbs/36_verdicts.ipynb #276a9b55
 def figures(rows: list, study: str) -> dict:    # file name -> matplotlib figure
     "What can be drawn of a study; on `toy` also the verdicts"
     mine = [r for r in rows if r['study'] == study]
     arms = dict.fromkeys(r['arm'] for r in mine)
     if not mine: return {}
-    if study == 'grid': return dict(grid=plot_grid(mine), leak=plot_leak(mine, ('grid',)))
     if study == 'map': return dict(map=plot_map(mine))
+    if study == 'grid': return dict(grid=plot_grid(mine), leak=plot_leak(mine, ('grid',)))
     verdict = dict(verdicts=plot_verdicts(verdicts(rows))) if study == 'toy' else {}
     plain = lambda arm: re.sub('[^a-z0-9]+', '-', arm.lower()).strip('-')
     return {plain(a): plot_methods(mine, a) for a in arms} | verdict
