@@ -86,7 +86,7 @@ def overall(verdicts: list) -> str:
     if fails > .5 and not holds: return 'does not hold here'
     return 'mixed' if holds and fails else 'open'
 
-# %% ../nbs/36_verdicts.ipynb #e912a93f
+# %% ../nbs/36_verdicts.ipynb #06bd14da
 @dataclass(frozen=True)
 class Claim:
     "Something that holds or fails on a rung (protocol)"
@@ -105,8 +105,8 @@ class Claim:
         else: effect = difference(rows, arm, self.what, mode)
         if effect is None: return None
         lost = collapsed(rows, arm, self.flat) if self.flat else 0.
-        counts = lambda c: not c.endswith('-start') if callable(self.what) else c == self.what[0]
-        seeds = len({r['seed'] for r in rows if r['arm'] in arm.split('|') and counts(r['cell'])})
+        tried = {r['seed'] for r in rows if r['arm'] in arm.split('|') and 'start' not in r['cell']}
+        seeds = len(tried if callable(self.what) else shared(rows, arm, *self.what))
         return dict(claim=self.name, arm=arm, effect=effect, unit=self.unit, collapses=lost,
                     seeds=seeds, verdict=judge(self.kind, effect, self.line, lost))
 
