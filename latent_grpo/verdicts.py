@@ -255,7 +255,7 @@ def verdicts(rows: list) -> list:    # per claim: dict with `rungs` and `verdict
         out.append(dict(claim=claim.name, text=claim.text, rungs=rungs, verdict=overall(found)))
     return out
 
-# %% ../nbs/36_verdicts.ipynb #ae288b0c
+# %% ../nbs/36_verdicts.ipynb #b58a254e
 def effect_text(x: dict) -> str:
     "An effect with its interval; Pass@1 in points"
     scale, digits = (100, 1) if x['unit'] in ('points', 'share') else (1, 2)
@@ -267,9 +267,10 @@ def verdict_table(found: list, rungs: bool = True) -> str:
     lines = ['| | claim | verdict | evidence |', '|---|---|---|---|']
     for v in found:
         best = lambda x: x.get('at_best', x['verdict'])
+        other = lambda x: f' (at the best checkpoint: {best(x)})' * (best(x) != x['verdict'])
         tests = [f"{x['arm'].replace('|', ', ')}: {effect_text(x)}, "
-                 + f"{x['seeds']} seeds: " * (x['seeds'] > 0) + x['verdict'] + f' (at the best checkpoint: {best(x)})'
-                 * (best(x) != x['verdict']) for x in v['rungs']]
+                 + f"{x['seeds']} seeds: " * (x['seeds'] > 0) + x['verdict'] + other(x)
+                 for x in v['rungs']]
         evidence = '<br>'.join(tests) if rungs else (tests or [''])[0]
         lines.append(f"| {v['claim']} | {v['text']} | **{v['verdict']}** | {evidence} |")
     return '\n'.join(lines)
