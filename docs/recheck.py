@@ -15,7 +15,7 @@ import numpy as np
 from latent_grpo.compare import Job, run_jobs
 from latent_grpo.evaluate import t_quantile
 from latent_grpo.study import arms, chosen_rates, read_table
-from latent_grpo.verdicts import CLAIMS, answers, shared
+from latent_grpo.verdicts import CLAIMS, MARGIN, answers, shared
 
 TABLE = Path(__file__).parent / "results/study.jsonl.gz"
 
@@ -32,6 +32,7 @@ def expected(rows, claim, arm):
     """Where the difference at a further seed should lie."""
     d = np.array([answers(x).mean() - answers(y).mean() for x, y in shared(rows, arm.name, *claim.what)])
     half = t_quantile(len(d) - 1, .99) * d.std(ddof=1) * (1 + 1 / len(d))**.5
+    half = max(half, MARGIN)          # where all seeds agree, a problem or two may still differ
     return d.mean() - half, d.mean() + half
 
 
