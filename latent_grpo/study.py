@@ -267,7 +267,7 @@ def study(
         write_table(list(rows.values()), table)
     return [r for r in rows.values() if r['study'] == name]
 
-# %% ../nbs/35_study.ipynb #9e5a31d7
+# %% ../nbs/35_study.ipynb #84128f70
 def report(name: str, table: Path) -> str:
     "The tables of a study: a line per arm and cell, means over seeds in %"
     lines, rows = [], [r for r in read_table(table) if r['study'] == name]
@@ -284,4 +284,5 @@ def report(name: str, table: Path) -> str:
             lines.append(
                 f"{cell:24}{len(runs):5}  {100 * np.mean(free):8.1f} +- {100 * spread:4.1f}  "
                 f"{100 * best:5.1f}  {100 * drawn('pass1'):7.1f}  {steps:5.1f}  {drawn('kl'):.3f}")
-    return '\n'.join(lines) or f'{table}: holds no run of {name}'
+    return '\n'.join(lines) or (f'{table}: holds no run of {name}; the project\'s own '
+                                'table is --table docs/results/study.jsonl.gz')
