@@ -52,11 +52,15 @@ def _seeds(text):
         return [int(x) for x in text.split(',')]
     except ValueError: raise ValueError(f'--seeds {text}: write 0-4 or 0,3,7') from None
 
-# %% ../nbs/25_cli.ipynb #6d35a0ba
+# %% ../nbs/25_cli.ipynb #4cd3ec2c
+def _plain(commands, name, text):
+    "A command whose manual ends in the examples"
+    return commands.add_parser(name, help=text, description=text, epilog=EXAMPLES,
+                               formatter_class=argparse.RawDescriptionHelpFormatter)
+
 def _command(commands, name, text, out):
     "A command with the options that all runs share"
-    p = commands.add_parser(name, help=text, description=text, epilog=EXAMPLES,
-                            formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = _plain(commands, name, text)
     p.add_argument('--set', action='append', default=[], metavar='NAME=VALUE',
                    help='any setting; see latent-grpo presets')
     p.add_argument('--out', default=out, help=f'folder for results (default {out})')
@@ -125,12 +129,11 @@ def _compare_options(add):
     p.add_argument('--data', default='', help='training problems, as for train')
     p.add_argument('--test', action='append', default=[])
 
-# %% ../nbs/25_cli.ipynb #8a6170e5
+# %% ../nbs/25_cli.ipynb #4d81dcd6
 def _study_options(commands):
     "Runs and tables of the reproduction"
     text = 'claims of the paper, tested by many runs; what the table holds is not run again'
-    p = commands.add_parser('study', help=text, description=text, epilog=EXAMPLES,
-                            formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = _plain(commands, 'study', text)
     p.add_argument('name', help='search, toy, ladder, grid, map, long, pass or words')
     p.add_argument('--arm', default='', help='only this one, e.g. "modulus 13"')
     p.add_argument('--report', action='store_true',
@@ -140,39 +143,39 @@ def _study_options(commands):
     p.add_argument('--out', default='runs/study', help='folder of the runs')
     p.add_argument('--quiet', action='store_true', help='no progress bars')
 
-# %% ../nbs/25_cli.ipynb #0025de42
+# %% ../nbs/25_cli.ipynb #779adb16
 def _bench_options(commands):
     "What steps, rollouts and updates cost on this machine"
     text = 'time steps, rollouts and updates beside their floors (lesson 33)'
-    p = commands.add_parser('bench', help=text, description=text, epilog=EXAMPLES,
-                            formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = _plain(commands, 'bench', text)
     p.add_argument('--only', default='', metavar='A,B', help='parts, of a to f')
     p.add_argument('--quick', action='store_true', help='small sizes: shows that it runs')
     p.add_argument('--device', default='cpu', help='cpu or cuda')
     p.add_argument('--out', default='', help='JSON file for the numbers')
 
-# %% ../nbs/25_cli.ipynb #fcc8870e
+# %% ../nbs/25_cli.ipynb #735d1c7d
 def _data_options(commands):
     "What is in problem files and datasets, and what they share"
     text = 'the known sets; or size, hash, repeats, defects and overlap of some'
-    p = commands.add_parser('data', help=text, description=text, epilog=EXAMPLES,
-                            formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = _plain(commands, 'data', text)
     p.add_argument('source', nargs='*', help='training problems, named as for train')
     p.add_argument('--test', action='append', default=[],
                    help='problems that should not stand among them; may be repeated')
     p.add_argument('--ids', type=int, default=5, help='row ids to list of each kind; 0: all')
     p.add_argument('--out', default='', help='JSON file for the counts')
 
-# %% ../nbs/25_cli.ipynb #e5a49b4e
+# %% ../nbs/25_cli.ipynb #9a000c7a
 class _Completion(argparse.Action):
     "Print what a shell needs to complete commands, options, presets, methods and files; leave"
     def __call__(self, top, args, shell, option=None):
         try: import shtab
         except ImportError: top.error(f'{option}: pip install "latent_grpo[completion]"')
-        names = dict(preset=PRESETS, name=PRESETS, method=METHODS)
-        files = ('out', 'policy', 'init', 'data', 'test', 'source')
-        commands = next(a for a in top._actions if a.dest == 'command').choices.values()
-        for action in (a for c in commands for a in c._actions):
+        from latent_grpo.study import STUDIES
+        files = ('out', 'policy', 'init', 'data', 'test', 'source', 'table')
+        commands = next(a for a in top._actions if a.dest == 'command').choices
+        for command, action in ((c, a) for c, p in commands.items() for a in p._actions):
+            names = dict(preset=PRESETS, method=METHODS,
+                         name=STUDIES if command == 'study' else PRESETS)
             if action.dest in names: action.choices = list(names[action.dest])
             if action.dest in files: action.complete = shtab.FILE
         print(shtab.complete(top, shell))
@@ -333,7 +336,7 @@ def _study(args):
     print(report(args.name, table))
     if args.report:
         from latent_grpo.plots import save_figure
-        from latent_grpo.verdicts import figures
+        from latent_grpo.evidence import figures
         folder = Path(args.out)/'figures'
         for name, figure in figures(read_table(table), args.name).items():
             save_figure(figure, folder/name)

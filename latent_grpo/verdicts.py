@@ -5,19 +5,18 @@
 # %% auto #0
 __all__ = ['MARGIN', 'TOYS', 'WORDS', 'RUNGS', 'PASS', 'GRID', 'OTHERS', 'OF_THE_PAPER', 'OURS', 'CLAIMS', 'SHORT_LOOKS', 'LOOKS',
            'pick', 'shared', 'answers', 'wider', 'difference', 'per_run', 'collapsed', 'judge', 'overall', 'Claim',
-           'steps', 'passing', 'passes', 'main_effect', 'at_end', 'invalid', 'closure_gap', 'leak_and_drift',
+           'steps', 'drift', 'passing', 'passes', 'main_effect', 'at_end', 'invalid', 'closure_gap', 'leak_and_drift',
            'leak_predicts', 'ratio_of_steps', 'more_drift', 'released_direction', 'verdicts', 'effect_text',
-           'verdict_table', 'plot_verdicts', 'means', 'plot_methods', 'plot_grid', 'plot_leak', 'plot_map', 'figures']
+           'verdict_table', 'plot_verdicts', 'means', 'plot_methods']
 
-# %% ../nbs/36_verdicts.ipynb #e8920aed
+# %% ../nbs/36_verdicts.ipynb #36be731a
 from dataclasses import dataclass
 import numpy as np
 from .evaluate import (Interval, hierarchical_bootstrap, pass_at_k, rank_correlation,
                                   seed_interval)
 from .plots import style
-from .presets import make_config
 from .sampling import gradient_factor
-import re, torch
+import torch
 
 # %% ../nbs/36_verdicts.ipynb #6afbf1cd
 MARGIN = .02     # of Pass@1; the protocol's
@@ -110,11 +109,15 @@ class Claim:
         return dict(claim=self.name, arm=arm, effect=effect, unit=self.unit, collapses=lost,
                     seeds=seeds, verdict=judge(self.kind, effect, self.line, lost))
 
-# %% ../nbs/36_verdicts.ipynb #716ac887
+# %% ../nbs/36_verdicts.ipynb #b9160ca4
 def steps(row):
     "Latent and text steps of a run's noise-free answers"
     return np.mean([s['noise_free']['latent_length'] + s['noise_free']['text_length']
                     for s in row['scores'].values()])
+
+def drift(row: dict) -> float:
+    "KL to the start at the end of a run, nats a step"
+    return float(np.mean([s['sampled']['kl'] for s in row['scores'].values()]))
 
 def passing(row: dict, noise: str, k: int) -> np.ndarray:    # [problems]
     "pass@k of a run at a scale of the latent noise"
@@ -153,14 +156,13 @@ def closure_gap(row):
     d = row['at_end']
     return d['closure_each'] - d['closure_mean'] if 'closure_each' in d else None
 
-# %% ../nbs/36_verdicts.ipynb #0b2f0e7f
+# %% ../nbs/36_verdicts.ipynb #1d45f693
 def leak_and_drift(rows: list, arm: str) -> list:    # of points (cluster, leak, KL)
     "Leak at the start and KL at the end of every latent cell, means over seeds"
     found = {}
     for r in rows:
         if r['arm'] == arm and r.get('at_start', {}).get('leak') is not None:
-            kl = np.mean([s['sampled']['kl'] for s in r['scores'].values()])
-            found.setdefault(r['cell'], []).append((r['at_start']['leak'], kl))
+            found.setdefault(r['cell'], []).append((r['at_start']['leak'], drift(r)))
     cluster = lambda c: c.rsplit(', ', 2)[0] if c.count(', ') == 4 else c    # grid: same sampler
     return [(cluster(c), *map(float, np.mean(v, 0))) for c, v in found.items()]
 
@@ -169,7 +171,7 @@ def leak_predicts(rows, arm):
     groups = [leak_and_drift(rows, a) for a in arm.split('|')]
     return rank_correlation(groups) if min(map(len, groups)) > 5 else None
 
-# %% ../nbs/36_verdicts.ipynb #20e37cd6
+# %% ../nbs/36_verdicts.ipynb #eb850a78
 TOYS = ('toy', 'peaked', 'modulus 13', 'modulus 13, peaked')
 WORDS = ('r = 2', 'r = 3', 'r = 4')
 RUNGS = TOYS + WORDS
@@ -181,20 +183,19 @@ def ratio_of_steps(rows, arm):
 
 def more_drift(a, b):
     "Difference of the KL to the start at the end, in nats per step"
-    kl = lambda r: np.mean([s['sampled']['kl'] for s in r['scores'].values()])
-    return lambda rows, arm: per_run(rows, arm, (a, b), lambda x, y: kl(x) - kl(y))
+    return lambda rows, arm: per_run(rows, arm, (a, b), lambda x, y: drift(x) - drift(y))
 
 def released_direction(rows, arm):
     "Ascent on log p of a component with margin -1 of a punished rollout; above 0: not flipped"
     one = gradient_factor(torch.tensor([-1.]), 'released', torch.tensor([-1.])).item() * -1
     return Interval(one, one, one)
 
-# %% ../nbs/36_verdicts.ipynb #b830ffce
+# %% ../nbs/36_verdicts.ipynb #011ce156
 PASS, GRID, OTHERS = ('pass@k',), ('grid',), '|'.join(TOYS[1:])
 OF_THE_PAPER = (
     Claim('C1', 'Latent-GRPO improves its latent start', 'more', RUNGS, ('paper', 'latent-start')),
-    Claim('C1, small rates', 'the same at rates below the search', 'more', ('lr 1e-06', 'lr 1e-05'),
-          ('paper', 'latent-start')),
+    Claim('C1, small rates', 'the same at rates below the search', 'more',
+          ('lr 1e-06', 'lr 1e-05', 'long, small rate'), ('paper', 'latent-start')),
     Claim('C2', 'it matches or beats explicit GRPO', 'level', RUNGS, ('paper', 'explicit')),
     Claim('C2, length', 'in chains at least 3 times shorter', 'above', RUNGS, ratio_of_steps,
           'times', 3.),
@@ -328,73 +329,3 @@ def plot_methods(rows: list, arm: str):    # a matplotlib figure
                xlim=(0, 100))
         if start: ax.figure.legend(loc='outside lower center')
     return fig
-
-# %% ../nbs/36_verdicts.ipynb #258742c6
-def plot_grid(rows: list):    # a matplotlib figure
-    "Mean Pass@1 of every cell of the grid: a panel per score, one row per noise and estimator"
-    found = {tuple(c.split(', ')): 100 * np.mean(v) for c, v in means(rows, 'grid').items()
-             if c.count(', ') == 4}
-    columns = [(m, s) for m in ('off', 'paper') for s in ('off', 'paper')]
-    lines = sorted({k[:3] for k in found}, reverse=True)
-    values = np.array([[found.get((*line, *c), np.nan) for c in columns] for line in lines])
-    with style(axes__grid=False):
-        import matplotlib.pyplot as plt
-        fig, ax = plt.subplots(figsize=(7, .9 + .36 * len(lines)))
-        ax.imshow(values, cmap='cividis', vmin=0, vmax=100, aspect='auto')
-        for (y, x), v in np.ndenumerate(values):
-            if np.isfinite(v): ax.text(x, y, f'{v:.0f}', ha='center', va='center',
-                                       color='white' if v < 55 else 'black')
-        ax.set_yticks(range(len(lines)), [', '.join(line) for line in lines])
-        ax.set_xticks(range(4), [f'masking {m}\nselection {s}' for m, s in columns])
-        ax.set_title('Pass@1 of score, noise, estimator (%)')
-    return fig
-
-# %% ../nbs/36_verdicts.ipynb #ab4b2366
-def plot_leak(rows: list, arms: tuple):    # a matplotlib figure
-    "Leak of the score at the start against the KL at the end, a point per cell"
-    with style():
-        import matplotlib.pyplot as plt
-        fig, ax = plt.subplots(figsize=(6, 3.6))
-        for arm, marker in zip(arms, 'os^Dv'):
-            points = np.array([p[1:] for p in leak_and_drift(rows, arm)])
-            if len(points): ax.plot(*points.T, marker, alpha=.7, label=arm)
-        ax.set(xlabel='mean of the score at the start (share of its length)', yscale='log',
-               ylabel='KL to the start (nats a step)', title='A score with a mean drifts')
-        ax.figure.legend(loc='outside lower center', ncols=4)
-    return fig
-
-# %% ../nbs/36_verdicts.ipynb #af136f5c
-def plot_map(rows: list):    # a matplotlib figure
-    "Gain over the start along every axis of the map, a panel per axis"
-    rows, axes_of, preset = [r for r in rows if r['study'] == 'map'], {}, make_config('toy')
-    for arm in dict.fromkeys(r['arm'] for r in rows if r['arm'] != 'base'):
-        name, _, value = arm.rpartition(' ')
-        axes_of.setdefault(name, {float(getattr(preset, name)): 'base'})[float(value)] = arm
-    with style():
-        import matplotlib.pyplot as plt
-        fig, axes = plt.subplots(-(-len(axes_of) // 3), 3, figsize=(9, 2.4 * -(-len(axes_of) // 3)),
-                                 sharey=True, squeeze=False)
-        for ax, (name, here) in zip(axes.flat, axes_of.items()):
-            for cell, (colour, marker) in SHORT_LOOKS.items():
-                gains = [difference(rows, here[v], (cell, 'latent-start')) for v in sorted(here)]
-                known = [(i, 100 * g.mean) for i, g in enumerate(gains) if g]
-                if known: ax.plot(*zip(*known), f'-{marker}', color=colour, label=cell)
-            ax.set_xticks(range(len(here)), [f'{v:g}' for v in sorted(here)])
-            ax.set_title(name)
-            ax.axhline(0, color='#444444', linewidth=1)
-        for ax in list(axes.flat)[len(axes_of):]: ax.axis('off')
-        axes[0, 0].set_ylabel('gain in points')
-        fig.legend(*axes[0, 0].get_legend_handles_labels(), loc='outside lower center', ncols=4)
-    return fig
-
-# %% ../nbs/36_verdicts.ipynb #276a9b55
-def figures(rows: list, study: str) -> dict:    # file name -> matplotlib figure
-    "What can be drawn of a study; on `toy` also the verdicts"
-    mine = [r for r in rows if r['study'] == study]
-    arms = dict.fromkeys(r['arm'] for r in mine)
-    if not mine: return {}
-    if study == 'map': return dict(map=plot_map(mine))
-    if study == 'grid': return dict(grid=plot_grid(mine), leak=plot_leak(mine, ('grid',)))
-    verdict = dict(verdicts=plot_verdicts(verdicts(rows))) if study == 'toy' else {}
-    plain = lambda arm: re.sub('[^a-z0-9]+', '-', arm.lower()).strip('-')
-    return {plain(a): plot_methods(mine, a) for a in arms} | verdict

@@ -180,7 +180,7 @@ TAB = """COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _shtab_latent_grpo; echo "${
 
 @pytest.mark.parametrize("typed, offered", {
     "t": "train", "train --meth": "--method", "train --method ex": "explicit exact",
-    "compare --preset paper": "paper-low paper-high", "presets gsm": "gsm8k-tiny gsm8k-scratch",
+    "compare --preset paper": "paper-low paper-high", "presets gsm": "gsm8k-tiny gsm8k-scratch", "study lad": "ladder",
     "eval --policy run": "runs", "train --resume --out run": "runs"}.items())
 def test_the_tab_key(typed, offered, capsys, tmp_path):
     with pytest.raises(SystemExit) as stop: main(["--print-completion", "bash"])

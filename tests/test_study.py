@@ -7,6 +7,7 @@ import pytest
 
 from latent_grpo import study as package
 from latent_grpo.evaluate import hierarchical_bootstrap, rank_correlation, seed_interval
+from latent_grpo.evidence import (figures, forecast, late_collapses, leak_table, leak_threshold, outcomes, regions)
 from latent_grpo.presets import make_config
 from latent_grpo.study import (RATES, SEARCH_SEEDS, SEEDS, STUDIES, Arm, Cell, arms, chosen_rates, grid_cells,
                                read_table, report, study, write_table)
@@ -263,6 +264,65 @@ def test_the_table_shows_effect_interval_and_verdict():
     table = verdict_table([dict(claim="C", text="a is better", rungs=[x], verdict="holds here")])
     assert "+100.0 [+100.0, +100.0], 3 seeds: holds" in table and "**holds here**" in table
 
+
+# --------------------------------------------------------------------------------------------- the evidence
+
+def made(study_name):
+    """Rows of every cell of a study: Pass@1 rises with the cell's place, the start's is a half."""
+    rows = []
+    for arm in arms(study_name):
+        for seed in arm.seeds[:3]:
+            rows.append(run("latent-start", seed, "10" * 20, arm.name, study_name))
+            for i, cell in enumerate(arm.cells):
+                right = "1" * (i + seed % 3) + "0" * (40 - i - seed % 3)
+                rows.append(run(cell.name, seed, right, arm.name, study_name, at_start=dict(leak=(i + 1) / 100),
+                                curve=dict(step=[1, 2, 3], validation=[None, .5, i / 40]),
+                                pass_at={n: "64 1 0" for n in ("0.0", "0.5", "1.0")}))
+    return rows
+
+
+@pytest.mark.parametrize("name", [n for n in STUDIES if n not in ("words", "search")])
+def test_every_study_can_be_drawn(name):
+    import matplotlib.pyplot as plt
+    found = figures(made(name), name)
+    assert found and all(f.axes for f in found.values())
+    assert figures([], name) == {}
+    for f in found.values():
+        f.draw_without_rendering()
+        plt.close(f)
+
+
+def test_the_map_compares_with_vanilla_at_the_same_setting():
+    rows = made("map")
+    found = regions(rows)
+    place = {c.name: i for i, c in enumerate(arms("map")[0].cells)}
+    assert {k[0] for k in found} == {a.name for a in arms("map")}
+    assert found["kl_coef 0.1", "one-sided"].mean == pytest.approx((place["one-sided"] - place["vanilla"]) / 40)
+    assert {a for a, c in found if c == "masked"} == {"max_steps 16", "max_steps 20"}
+
+
+def test_a_threshold_of_the_leak_comes_from_the_grid_alone():
+    """Cells of the grid lose at a leak above 0.3; on the other arm only the order of leaks is kept."""
+    cell = lambda c, leak, right, arm, study, kl=.1: [
+        run(c, s, right, arm, study, at_start=dict(leak=leak)) for s in (1, 2)]
+    start = lambda arm, study: [run("latent-start", s, "1100", arm, study) for s in (1, 2)]
+    rows = [*start("grid", "grid"), *cell("a", .1, "1110", "grid", "grid"), *cell("b", .5, "1000", "grid", "grid"),
+            *start("lr 1", "map"), *cell("a", .6, "1111", "lr 1", "map"), *cell("b", .7, "1000", "lr 1", "map"),
+            *cell("c", .2, "1111", "lr 1", "map")]
+    assert leak_threshold(outcomes(rows, "grid")) == pytest.approx(.3)
+    assert forecast(outcomes(rows, "lr 1"), .3) == dict(
+        cells=3, still=0, lost=1, area=1., right=pytest.approx(2 / 3), frequent=pytest.approx(2 / 3))
+    assert "| map | 3 of 3 | 1 | 67 % | 67 % | 1.00 |" in leak_table(rows)
+
+
+def test_what_did_not_move_is_not_forecast():
+    points = np.array([(.1, 0., -.1), (.5, .2, -.1), (.4, .2, .1)])
+    assert forecast(points, .45)["still"] == 1 and forecast(points, .45)["right"] == 1
+
+
+def test_a_late_collapse_is_told_from_a_low_run():
+    rows = [run("a", s, "1", "long", curve=dict(step=[1, 2], validation=v)) for s, v in ((1, [.9, .4]), (2, [.3, .2]))]
+    assert late_collapses(rows, "long") == {"a": (1, 2)}
 
 # -------------------------------------------------------------------------------------------- what is committed
 
