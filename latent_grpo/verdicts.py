@@ -256,7 +256,7 @@ def verdicts(rows: list) -> list:    # per claim: dict with `rungs` and `verdict
         out.append(dict(claim=claim.name, text=claim.text, rungs=rungs, verdict=overall(found)))
     return out
 
-# %% ../nbs/36_verdicts.ipynb #b58a254e
+# %% ../nbs/36_verdicts.ipynb #18c0c25e
 def effect_text(x: dict) -> str:
     "An effect with its interval; Pass@1 in points"
     scale, digits = (100, 1) if x['unit'] in ('points', 'share') else (1, 2)
@@ -264,7 +264,7 @@ def effect_text(x: dict) -> str:
     return f'{mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]'
 
 def verdict_table(found: list, rungs: bool = True) -> str:
-    "Markdown: a line per claim; with `rungs` the effect on every rung, else on the first"
+    "Markdown: a line per claim, with its effect on every rung; else on the first, and counts"
     lines = ['| | claim | verdict | evidence |', '|---|---|---|---|']
     for v in found:
         best = lambda x: x.get('at_best', x['verdict'])
@@ -272,7 +272,10 @@ def verdict_table(found: list, rungs: bool = True) -> str:
         tests = [f"{x['arm'].replace('|', ', ')}: {effect_text(x)}, "
                  + f"{x['seeds']} seeds: " * (x['seeds'] > 0) + x['verdict'] + other(x)
                  for x in v['rungs']]
-        evidence = '<br>'.join(tests) if rungs else (tests or [''])[0]
+        words = [x['verdict'] for x in v['rungs']]
+        counts = ', '.join(f'{w} {words.count(w)}' for w in ('holds', 'open', 'fails') if w in words)
+        first = (tests or [''])[0] + f'; of {len(words)} rungs: {counts}' * (len(words) > 1)
+        evidence = '<br>'.join(tests) if rungs else first
         lines.append(f"| {v['claim']} | {v['text']} | **{v['verdict']}** | {evidence} |")
     return '\n'.join(lines)
 

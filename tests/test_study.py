@@ -263,6 +263,9 @@ def test_the_table_shows_effect_interval_and_verdict():
     x = claim.on(rows, "toy")
     table = verdict_table([dict(claim="C", text="a is better", rungs=[x], verdict="holds here")])
     assert "+100.0 [+100.0, +100.0], 3 seeds: holds" in table and "**holds here**" in table
+    both = [dict(claim="C", text="", rungs=[x, x | dict(arm="other", verdict="open")], verdict="open")]
+    assert "other" in verdict_table(both) and "other" not in verdict_table(both, rungs=False)
+    assert "; of 2 rungs: holds 1, open 1" in verdict_table(both, rungs=False)
 
 
 # --------------------------------------------------------------------------------------------- the evidence
