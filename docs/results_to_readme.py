@@ -68,11 +68,12 @@ def study(record):
     """Every claim that was run, its verdict, and the first rung's effect."""
     runs = ", ".join(f"{name} {n}" for name, n in record["runs"].items())
     ran = [v for v in record["verdicts"] if v["rungs"]]
-    rest = [v["claim"] for v in record["verdicts"] if not v["rungs"]]
+    rest = lambda word: "; ".join(v["claim"] for v in record["verdicts"] if v["verdict"] == word)
     how = (f"Differences of noise-free Pass@1 in points with 95 % intervals (lengths: a ratio; O1: a gradient), on the first rung that was run. "
            f"Lines of the table: {runs}. {made_by(record)}")
-    left = f" Not run yet: {'; '.join(rest)}." if rest else ""
-    return f"{verdict_table(ran, rungs=False)}\n\n{how}{left}\n"
+    for word, text in (("not run", "Not run yet"), ("no verdict", "Run, but nothing there to judge")):
+        how += f" {text}: {rest(word)}." if rest(word) else ""
+    return f"{verdict_table(ran, rungs=False)}\n\n{how}\n"
 
 
 def with_tables(readme):

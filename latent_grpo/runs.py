@@ -146,7 +146,7 @@ def load_checkpoint(
         if opt is not None: _restore_optimizer(opt, moments)
         return state
 
-# %% ../nbs/19_runs.ipynb #ee749a66
+# %% ../nbs/19_runs.ipynb #04d977f9
 def provenance(
     seeds: list,
     command: str | None = None,    # default: the command line of this process
@@ -156,8 +156,10 @@ def provenance(
     command = command or ' '.join(['latent-grpo', *sys.argv[1:]])
     root, commit = Path(latent_grpo.__file__).parent.parent, ''
     if (root/'.git').exists() and shutil.which('git'):
-        git = ['git', '-C', str(root), 'describe', '--always', '--dirty']
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+        git = lambda *a: subprocess.run(['git', '-C', str(root), *a], capture_output=True, text=True)
+        commit = git('describe', '--always').stdout.strip()
+        changed = git('status', '--porcelain', '--', 'latent_grpo').stdout   # results do not count
+        commit += '-dirty' * bool(changed)
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     hardware = [f'{os.cpu_count()} cores', platform.machine(), *gpus]
     if dist.is_initialized(): hardware.append(f'{dist.get_world_size()} processes')

@@ -1,5 +1,6 @@
 """The study: what it runs, that it resumes, and that its rules of judgement are the written ones."""
 import json
+import subprocess
 from dataclasses import replace
 
 import numpy as np
@@ -9,10 +10,12 @@ from latent_grpo import study as package
 from latent_grpo.evaluate import hierarchical_bootstrap, rank_correlation, seed_interval
 from latent_grpo.evidence import (figures, forecast, late_collapses, leak_table, leak_threshold, outcomes, regions)
 from latent_grpo.presets import make_config
+from latent_grpo.runs import provenance
 from latent_grpo.study import (RATES, SEARCH_SEEDS, SEEDS, STUDIES, Arm, Cell, arms, chosen_rates, grid_cells,
                                read_table, report, study, write_table)
-from latent_grpo.verdicts import (CLAIMS, Claim, answers, collapsed, difference, judge, leak_predicts, main_effect,
-                                  overall, passes, verdict_table, verdicts, wider)
+from latent_grpo.verdicts import (CLAIMS, Claim, answers, at_seeds, collapsed, difference, if_moved, joined, judge,
+                                  leak_and_drift, leak_predicts, main_effect, overall, passes, verdict_table, verdicts,
+                                  wider)
 
 
 def run(cell, seed, right, arm="toy", study="toy", **more):
@@ -174,16 +177,20 @@ def test_a_main_effect_is_a_mean_over_pairs():
     cell = lambda m, s: f"published, two-sided, none, {m}, {s}"
     value = {("off", "off"): 0, ("paper", "off"): 3, ("off", "paper"): 10, ("paper", "paper"): 11}
     rows = [run(cell(*k), s, "0", arm="grid", x=v + s / 10) for k, v in value.items() for s in (1, 2, 3)]
-    effect = main_effect(3, "paper", "off", lambda r: r["x"])(rows, "grid")
-    assert effect.mean == pytest.approx(2.) and effect.high - effect.low < 1e-6
+    effect, seeds = main_effect(3, "paper", "off", lambda r: r["x"])(rows, "grid")
+    assert effect.mean == pytest.approx(2.) and effect.high - effect.low < 1e-6 and seeds == 3
+    broken = [r | dict(x=float("nan")) if r["seed"] == 1 and "off, off" in r["cell"] else r for r in rows]
+    assert main_effect(3, "paper", "off", lambda r: r["x"])(broken, "grid")[0].mean == pytest.approx(5 / 3)
+    part = [r for r in rows if r["seed"] != 3 or "off, off" not in r["cell"]]    # the grid of seed 3 is not whole
+    assert main_effect(3, "paper", "off", lambda r: r["x"])(part, "grid") is None
 
 
 def test_pass_at_k_is_compared_problem_by_problem():
     counts = lambda *c: dict(pass_at={"0.0": " ".join(map(str, c))})
     rows = [run("a", s, "1", arm="p", **counts(64, 1)) for s in (1, 2, 3)]
     rows += [run("b", s, "1", arm="p", **counts(64, 0)) for s in (1, 2, 3)]
-    assert passes("a", "0.0", 64, "b", "0.0", 64)(rows, "p").mean == pytest.approx(.5)
-    assert passes("a", "0.0", 1, "b", "0.0", 1)(rows, "p").mean == pytest.approx(.5 / 64)
+    assert passes("a", "0.0", 64, "b", "0.0", 64)(rows, "p")[0].mean == pytest.approx(.5)
+    assert passes("a", "0.0", 1, "b", "0.0", 1)(rows, "p")[0].mean == pytest.approx(.5 / 64)
 
 
 def points(x, y, names=None): return [list(zip(names or map(str, range(len(x))), x, y))]
@@ -213,8 +220,46 @@ def test_ranks_are_compared_within_a_rung():
 def test_the_leak_is_compared_with_the_drift_of_the_same_cells():
     rows = [run(f"c{i}", s, "1", arm="grid", at_start=dict(leak=i / 10)) for i in range(6) for s in (1, 2)]
     for r in rows: r["scores"]["test"]["sampled"]["kl"] = r["at_start"]["leak"]**2
-    assert leak_predicts(rows, "grid").mean == pytest.approx(1.)
+    assert leak_predicts(rows, "grid")[0].mean == pytest.approx(1.)
     assert leak_predicts(rows[:8], "grid") is None        # four cells are too few
+
+
+def test_cells_with_one_sampler_are_one_piece_of_evidence():
+    rows = [run(c, s, "1", at_start=dict(leak=leak + s / 100)) for c, leak in (("p", .9), ("p, less", .9), ("v", .2))
+            for s in (1, 2)]
+    assert [p[0] for p in leak_and_drift(rows, "toy")] == ["p", "p", "v"]
+
+
+def test_what_changes_no_answer_is_not_judged():
+    claim = Claim("C", "", "more", ("toy",), ("a", "b"))
+    rows = [run(c, s, "1100") for c in "ab" for s in (1, 2, 3)]
+    assert claim.on(rows, "toy") is None
+    assert {v["verdict"] for v in verdicts([run("paper", s, "1") for s in (1, 2, 3)]) if v["claim"] == "C6"} == {"no verdict"}
+
+
+def test_claims_on_some_seeds_take_only_those():
+    """The explicit start is solved at seeds 1 to 3; where it is not, two seeds are too few."""
+    rows = [run("explicit-start", s, "1111" if s < 4 else "1000") for s in range(1, 6)]
+    rows += [run(c, s, r) for s in range(1, 6) for c, r in (("a", "1110"), ("b", "1111" if s < 4 else "0000"))]
+    effect, seeds = at_seeds(("a", "b"), lambda start: start > .9)(rows, "toy")
+    assert effect.mean == -.25 and seeds == 3
+    assert at_seeds(("a", "b"), lambda start: start < .9)(rows, "toy") is None
+
+
+def test_where_nothing_moves_nothing_is_judged():
+    rows = [run(c, s, r) for s in (1, 2, 3) for c, r in (("latent-start", "1100"), ("paper", "1000"))]
+    for r in rows: r["scores"]["test"]["sampled"]["kl"] = 1e-4
+    assert if_moved(("paper", "latent-start"))(rows, "toy") is None
+    rows[-1]["scores"]["test"]["sampled"]["kl"] = .1
+    effect, seeds = if_moved(("paper", "latent-start"))(rows, "toy")
+    assert effect.mean == -.25 and seeds == 3
+
+
+def test_word_problems_are_one_rung():
+    found = lambda *words: joined([dict(arm=a, verdict=v) for a, v in zip(("toy", "r = 2", "r = 3", "r = 4"), words)])
+    assert found("open", "holds", "holds", "open") == ["open", "holds"]
+    assert found("open", "holds", "fails", "holds") == ["open", "open"]
+    assert found("holds") == ["holds"]
 
 
 def test_the_length_of_nonsense_is_no_claim():
@@ -242,7 +287,8 @@ def test_a_study_does_not_mix_settings(tmp_path, monkeypatch):
 
 
 def test_claims_name_cells_that_are_run():
-    cells = {a.name: {c.name for c in a.cells} | {"latent-start", "explicit-start"} for n in STUDIES for a in arms(n)}
+    starts = {"latent-start", "explicit-start", "latent-start, latent_sft 0"}
+    cells = {a.name: {c.name for c in a.cells} | starts for n in STUDIES for a in arms(n)}
     for claim in CLAIMS:
         if claim.name == "O1": continue                   # computed, not run
         for arm in (a for name in claim.arms for a in name.split("|")):
@@ -261,11 +307,11 @@ def test_the_table_shows_effect_interval_and_verdict():
     claim = Claim("C", "a is better", "more", ("toy",), ("a", "b"))
     rows = [run("a", s, "1" * 50) for s in (1, 2, 3)] + [run("b", s, "0" * 50) for s in (1, 2, 3)]
     x = claim.on(rows, "toy")
-    table = verdict_table([dict(claim="C", text="a is better", rungs=[x], verdict="holds here")])
+    table = verdict_table([dict(claim="C", text="a is better", rungs=[x], verdict="holds here", planned=1)])
     assert "+100.0 [+100.0, +100.0], 3 seeds: holds" in table and "**holds here**" in table
-    both = [dict(claim="C", text="", rungs=[x, x | dict(arm="other", verdict="open")], verdict="open")]
+    both = [dict(claim="C", text="", rungs=[x, x | dict(arm="other", verdict="open")], verdict="open", planned=4)]
     assert "other" in verdict_table(both) and "other" not in verdict_table(both, rungs=False)
-    assert "; of 2 rungs: holds 1, open 1" in verdict_table(both, rungs=False)
+    assert "; 2 of 4 planned rungs: holds 1, open 1" in verdict_table(both, rungs=False)
 
 
 # --------------------------------------------------------------------------------------------- the evidence
@@ -278,8 +324,8 @@ def made(study_name):
             rows.append(run("latent-start", seed, "10" * 20, arm.name, study_name))
             for i, cell in enumerate(arm.cells):
                 right = "1" * (i + seed % 3) + "0" * (40 - i - seed % 3)
-                rows.append(run(cell.name, seed, right, arm.name, study_name, at_start=dict(leak=(i + 1) / 100),
-                                curve=dict(step=[1, 2, 3], validation=[None, .5, i / 40]),
+                rows.append(run(cell.name, seed, right, arm.name, study_name, at_start=dict(leak=(i + 1) / 100), preset=arm.preset,
+                                method=cell.method, settings=arm.settings | cell.settings, curve=dict(step=[1, 2, 3], validation=[None, .5, i / 40]),
                                 pass_at={n: "64 1 0" for n in ("0.0", "0.5", "1.0")}))
     return rows
 
@@ -305,22 +351,37 @@ def test_the_map_compares_with_vanilla_at_the_same_setting():
 
 
 def test_a_threshold_of_the_leak_comes_from_the_grid_alone():
-    """Cells of the grid lose at a leak above 0.3; on the other arm only the order of leaks is kept."""
-    cell = lambda c, leak, right, arm, study, kl=.1: [
-        run(c, s, right, arm, study, at_start=dict(leak=leak)) for s in (1, 2)]
+    """Cells of the grid lose at a leak above 0.3; elsewhere only what that threshold says counts."""
+    def cell(c, leak, right, arm, study, **settings):
+        return [run(c, s, right, arm, study, at_start=dict(leak=leak), preset="toy", method="vanilla", settings=settings)
+                for s in (1, 2)]
     start = lambda arm, study: [run("latent-start", s, "1100", arm, study) for s in (1, 2)]
-    rows = [*start("grid", "grid"), *cell("a", .1, "1110", "grid", "grid"), *cell("b", .5, "1000", "grid", "grid"),
-            *start("lr 1", "map"), *cell("a", .6, "1111", "lr 1", "map"), *cell("b", .7, "1000", "lr 1", "map"),
-            *cell("c", .2, "1111", "lr 1", "map")]
-    assert leak_threshold(outcomes(rows, "grid")) == pytest.approx(.3)
-    assert forecast(outcomes(rows, "lr 1"), .3) == dict(
-        cells=3, still=0, lost=1, area=1., right=pytest.approx(2 / 3), frequent=pytest.approx(2 / 3))
-    assert "| map | 3 of 3 | 1 | 67 % | 67 % | 1.00 |" in leak_table(rows)
+    rows = [*start("grid", "grid"), *cell("a", .1, "1110", "grid", "grid"),
+            *cell("b", .5, "1000", "grid", "grid", noise="one-sided"),
+            *start("top_k 2", "map"), *cell("a", .6, "1111", "top_k 2", "map"), *cell("c", .2, "1111", "top_k 2", "map"),
+            *cell("b", .7, "1000", "top_k 2", "map", noise="one-sided"), *cell("d", .9, "1100", "top_k 2", "map")]
+    assert leak_threshold(outcomes(rows, "grid", "grid")) == pytest.approx(.3)
+    assert forecast(outcomes(rows, "map", "top_k 2"), .3) == dict(
+        cells=3, apart=1, lost=1, leak=pytest.approx(2 / 3), name=1., guess=pytest.approx(2 / 3), area=1., rest=None)
+    assert "| map: other samplers, labels, lengths | 3 of 4 | 1 | 67 % | 100 % | 67 % | 1.00 |  |" in leak_table(rows)
+    same = [r | dict(study="search") for r in rows if r["arm"] == "top_k 2"]      # an arm of the same name elsewhere
+    assert leak_table(same + rows) == leak_table(rows) == leak_table(rows + same)
 
 
 def test_what_did_not_move_is_not_forecast():
-    points = np.array([(.1, 0., -.1), (.5, .2, -.1), (.4, .2, .1)])
-    assert forecast(points, .45)["still"] == 1 and forecast(points, .45)["right"] == 1
+    points = np.array([(.1, 0., -.1, 0), (.5, .2, -.1, 0), (.4, .2, .1, 0), (.9, .2, .01, 0)])
+    assert forecast(points, .45)["apart"] == 2 and forecast(points, .45)["leak"] == 1
+    assert forecast(points[:1], .45) == dict(cells=0, apart=1)
+    with pytest.raises(ValueError, match="leak_threshold: 0 different leak, needs two"): leak_threshold(points[:1])
+
+
+def test_a_start_of_its_own_is_the_one_compared_with():
+    own = dict(preset="toy", method="vanilla", at_start=dict(leak=.1))
+    rows = [run("latent-start, latent_sft 0", 1, "0000", "x", "ladder"),
+            run("latent-start, latent_sft 1000", 1, "1100", "x", "ladder"),
+            run("paper, no Latent-SFT", 1, "1000", "x", "ladder", settings=dict(latent_sft=0), **own),
+            run("paper", 1, "1000", "x", "ladder", settings=dict(latent_sft=1000), **own)]
+    assert sorted(outcomes(rows, "ladder", "x")[:, 2]) == [-.25, .25]
 
 
 def test_a_late_collapse_is_told_from_a_low_run():
@@ -340,3 +401,16 @@ def test_the_record_follows_from_the_table():
     assert json.loads(json.dumps(script.summary(rows))) == record
     assert all(r["made"]["commit"] and "dirty" not in r["made"]["commit"] for r in rows)
     assert len({tuple(r[k] for k in ("study", "arm", "cell", "seed")) for r in rows}) == len(rows)
+
+
+def test_a_run_is_dirty_by_its_code_not_by_its_results(tmp_path, monkeypatch):
+    git = lambda *a: subprocess.run(["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b", *a], check=True)
+    code, table = tmp_path / "latent_grpo/__init__.py", tmp_path / "docs/table"
+    for file in (code, table): file.parent.mkdir(), file.write_text("x = 1\n")
+    git("init", "-q"), git("add", "-A"), git("commit", "-qm", "one")
+    monkeypatch.setattr("latent_grpo.__file__", str(code))
+    clean = provenance([0])["commit"]
+    table.write_text("a result")
+    assert provenance([0])["commit"] == clean and "dirty" not in clean
+    code.write_text("x = 2\n")
+    assert provenance([0])["commit"] == f"{clean}-dirty"
