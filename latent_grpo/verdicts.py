@@ -365,7 +365,7 @@ def plot_verdicts(found: list, title: str = ''):    # a matplotlib figure
         ax.figure.legend(loc='outside lower center', ncols=3)
     return fig
 
-# %% ../nbs/36_verdicts.ipynb #d158e1b2
+# %% ../nbs/36_verdicts.ipynb #b939add9
 def means(rows: list, arm: str) -> dict:    # cell -> [seeds] noise-free Pass@1 at the last step
     "Every cell of an arm, in the order of the table"
     found = {}
@@ -389,6 +389,6 @@ def plot_methods(rows: list, arm: str):    # a matplotlib figure
                              label='latent start')
         ax.set_yticks(range(len(names)), names)
         ax.set(xlabel='noise-free Pass@1 on test problems (%), a dot per seed', title=arm,
-               xlim=(0, 100))
+               xlim=(0, 103))
         if start: ax.figure.legend(loc='outside lower center')
     return fig
