@@ -2,6 +2,8 @@
 
 Cells marked `#| eval: false`, or with a flag of `tst_flags`, keep the outputs that they have.
 """
+import base64
+import io
 import os
 import sys
 from pathlib import Path
@@ -10,6 +12,7 @@ import nbformat
 from nbclient import NotebookClient
 from nbdev.config import get_config
 from nbdev.process import extract_directives
+from PIL import Image
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
@@ -24,6 +27,13 @@ class Client(NotebookClient):
         return await super().async_execute_cell(cell, *args, **kwargs)
 
 
+def smaller(png):
+    """A picture with at most 128 colours, as a notebook keeps it: a quarter of the bytes, the same to the eye."""
+    file, picture = io.BytesIO(), Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB")
+    picture.quantize(128, dither=Image.Dither.NONE).save(file, "PNG", optimize=True)
+    return base64.b64encode(file.getvalue()).decode()
+
+
 def execute(path):
     """Run the notebook at `path` from its own folder and write it back."""
     nb = nbformat.read(path, as_version=4)
@@ -34,6 +44,8 @@ def execute(path):
     for cell in nb.cells:  # a widget without its kernel is a dead picture with a random name
         if cell.cell_type == "code":
             cell.outputs = [out for out in cell.outputs if WIDGET not in out.get("data", {})]
+            for data in (out.data for out in cell.outputs if "image/png" in out.get("data", {})):
+                data["image/png"] = smaller(data["image/png"])
     nbformat.write(nb, path)
 
 

@@ -80,7 +80,7 @@ def plot_grid(rows: list):    # a matplotlib figure
         ax.set_title('Pass@1 of score, noise, estimator (%)')
     return fig
 
-# %% ../nbs/37_evidence.ipynb #39f334c1
+# %% ../nbs/37_evidence.ipynb #1a6beeb3
 def outcomes(rows: list, study: str, arm: str) -> np.ndarray:    # [cells, 4]
     "Leak at the start, KL, gain over the start, 1 for one-sided noise whose mean is left in"
     mine, found = [r for r in rows if (r['study'], r['arm']) == (study, arm)], {}
@@ -99,6 +99,7 @@ def judged(points: np.ndarray, still: float = 1e-3) -> np.ndarray:
     "Cells that moved, and whose gain or loss is beyond the margin (protocol)"
     return points[(points[:, 1] >= still) & (abs(points[:, 2]) > MARGIN)]
 
+# %% ../nbs/37_evidence.ipynb #15532a86
 def leak_threshold(points: np.ndarray) -> float:    # points: as from `outcomes`
     "The leak that best divides cells that lose from cells that gain"
     leaks, lost = judged(points)[:, 0], judged(points)[:, 2] < 0
@@ -113,6 +114,7 @@ def area(points: np.ndarray):    # 0 to 1, or None without a pair
     pairs = leaks[lost][:, None] - leaks[~lost][None]
     return float(np.mean((pairs > 0) + .5 * (pairs == 0))) if pairs.size else None
 
+# %% ../nbs/37_evidence.ipynb #0c641b8f
 def forecast(points: np.ndarray, threshold: float) -> dict:
     "How often `leak > threshold` says that a cell loses, beside the name and the better guess"
     some = judged(points)
@@ -137,7 +139,7 @@ def plot_leak(rows: list, places: list):    # a matplotlib figure; places: (stud
         ax.figure.legend(loc='outside lower center', ncols=4)
     return fig
 
-# %% ../nbs/37_evidence.ipynb #3b8ff922
+# %% ../nbs/37_evidence.ipynb #4321d2a6
 def leak_arms() -> dict:    # line of the table -> (study, arm)s
     "Where the threshold is chosen, and where it is tried; `base` repeats runs of the grid"
     drawn = SAMPLERS.split('|')
@@ -147,6 +149,7 @@ def leak_arms() -> dict:    # line of the table -> (study, arm)s
             'map: other training': [('map', a) for a in named if a not in drawn],
             'other toys and starts': [('ladder', a.name) for a in arms('ladder')]}
 
+# %% ../nbs/37_evidence.ipynb #174eb74b
 def leak_table(rows: list) -> str:    # markdown
     "One threshold, chosen on the grid and tried elsewhere"
     fit = outcomes(rows, 'grid', 'grid')
@@ -256,7 +259,7 @@ def plot_pass(rows: list, arm: str = 'pass@k'):    # a matplotlib figure
         fig.legend(*axes[0].get_legend_handles_labels(), loc='outside lower center', ncols=4)
     return fig
 
-# %% ../nbs/37_evidence.ipynb #d8661204
+# %% ../nbs/37_evidence.ipynb #1214e13f
 def validation(row: dict) -> tuple:    # steps, noise-free Pass@1 on validation problems
     "The points of a run's curve at which it was measured"
     points = zip(row['curve']['step'], row['curve']['validation'])
@@ -271,6 +274,7 @@ def late_collapses(rows: list, arm: str) -> dict:    # cell -> (collapsed, runs)
             found.setdefault(r['cell'], []).append(values[-1] < max(values) / 2)
     return {cell: (sum(v), len(v)) for cell, v in found.items()}
 
+# %% ../nbs/37_evidence.ipynb #efb61b42
 def plot_long(rows: list):    # a matplotlib figure
     "Validation along ten times the usual number of steps"
     found = {a.name: [r for r in rows if r['arm'] == a.name and r['curve']] for a in arms('long')}

@@ -146,7 +146,7 @@ def load_checkpoint(
         if opt is not None: _restore_optimizer(opt, moments)
         return state
 
-# %% ../nbs/19_runs.ipynb #04d977f9
+# %% ../nbs/19_runs.ipynb #c8a54bc5
 def provenance(
     seeds: list,
     command: str | None = None,    # default: the command line of this process
@@ -156,7 +156,8 @@ def provenance(
     command = command or ' '.join(['latent-grpo', *sys.argv[1:]])
     root, commit = Path(latent_grpo.__file__).parent.parent, ''
     if (root/'.git').exists() and shutil.which('git'):
-        git = lambda *a: subprocess.run(['git', '-C', str(root), *a], capture_output=True, text=True)
+        base = ['git', '-C', str(root)]
+        git = lambda *a: subprocess.run(base + [*a], capture_output=True, text=True)
         commit = git('describe', '--always').stdout.strip()
         changed = git('status', '--porcelain', '--', 'latent_grpo').stdout   # results do not count
         commit += '-dirty' * bool(changed)

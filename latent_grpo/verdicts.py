@@ -68,7 +68,7 @@ def collapsed(rows: list, arm: str, cell: str, mode: str = 'noise_free') -> floa
             for x, s in shared(rows, arm, cell, 'latent-start')]
     return float(np.mean(ends or [0.]))
 
-# %% ../nbs/36_verdicts.ipynb #ecbe3d10
+# %% ../nbs/36_verdicts.ipynb #89a865a2
 def judge(
     kind: str,                # more | level | flat | less | above
     interval,                 # an `Interval`
@@ -90,6 +90,7 @@ def overall(verdicts: list) -> str:
     if fails > .5 and not holds: return 'does not hold here'
     return 'mixed' if holds and fails else 'open'
 
+# %% ../nbs/36_verdicts.ipynb #5adee3b8
 def joined(rungs: list) -> list:    # verdicts, those of all word problems as one
     "Rungs that share problems and explicit runs count once"
     words = [x['verdict'] for x in rungs if x['arm'] in WORDS]
@@ -143,7 +144,7 @@ def passes(a, noise_a, k_a, b, noise_b, k_b):
         return wider(found), len(found)
     return measure
 
-# %% ../nbs/36_verdicts.ipynb #49f8177f
+# %% ../nbs/36_verdicts.ipynb #7eab03e3
 def main_effect(position: int, on: str, off: str, value, part: str = ''):
     "Of a switch of the grid (or a part of it) on a number of a run: mean over pairs of cells"
     def number(row):
@@ -163,6 +164,7 @@ def main_effect(position: int, on: str, off: str, value, part: str = ''):
         return seed_interval([float(np.mean(v)) for v in by_seed.values()]), len(by_seed)
     return measure
 
+# %% ../nbs/36_verdicts.ipynb #43a13cfd
 def at_end(name): return lambda row: row.get('at_end', {}).get(name)
 
 def invalid(row): return next(iter(row['scores'].values()))['sampled']['invalid']
@@ -190,12 +192,13 @@ def leak_predicts(rows, arm, mode='sampled'):
     seeds = {r['seed'] for r in rows if r['arm'] in arm.split('|')}
     return (rank_correlation(groups), len(seeds)) if min(map(len, groups)) > 5 else None
 
-# %% ../nbs/36_verdicts.ipynb #f8d4aa8f
+# %% ../nbs/36_verdicts.ipynb #31daba72
 def ratio_of_steps(rows, arm):
     "How many times shorter the noise-free answers of `paper` are than those of `explicit`"
     if collapsed(rows, arm, 'paper') >= .5: return None      # the length of nonsense is no claim
     return per_run(rows, arm, ('explicit', 'paper'), lambda e, p: steps(e) / steps(p))
 
+# %% ../nbs/36_verdicts.ipynb #a036fcdb
 def at_seeds(cells: tuple, keep):    # keep(Pass@1 of the explicit start) -> bool
     "A difference at the seeds whose explicit start is as asked"
     def measure(rows, arm):
@@ -213,6 +216,7 @@ def if_moved(cells: tuple, least: float = 1e-3):    # nats a step
         return effect and (effect, len(shared(rows, arm, *cells)))
     return measure
 
+# %% ../nbs/36_verdicts.ipynb #c16e92f0
 def more_drift(a, b, mode='sampled'):
     "Difference of the KL to the start at the end, in nats per step"
     gap = lambda x, y: drift(x, mode) - drift(y, mode)

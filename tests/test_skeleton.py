@@ -48,7 +48,7 @@ ALLOWED = {
     "rehearsal": {"presets"},
     "cost": {"grpo", "model", "rollout", "runs", "sampling", "vanilla"},
     "study": {"benchmarks", "compare", "plots", "presets", "train"},
-    "verdicts": {"evaluate", "plots", "sampling"},
+    "verdicts": {"evaluate", "plots", "sampling", "study"},
     "evidence": {"compare", "plots", "presets", "study", "verdicts"},
 }
 
