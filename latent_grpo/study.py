@@ -7,14 +7,14 @@ __all__ = ['SEARCH_SEEDS', 'SEEDS', 'RATES', 'MAIN', 'PEERS', 'LESS', 'STARTS', 
            'Cell', 'Arm', 'grid_cells', 'arms', 'measure', 'run_row', 'read_table', 'write_table', 'committed_rows',
            'chosen_rates', 'split_mean', 'best_mean', 'study', 'report']
 
-# %% ../nbs/35_study.ipynb #80db177d
+# %% ../nbs/35_study.ipynb #d2a71aa3
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from urllib.request import urlopen
-import gzip, json
+import gzip, hashlib, json
 import numpy as np
 from .benchmarks import Protocol, run_protocol
 from .compare import Job, _method, run_jobs
@@ -144,11 +144,13 @@ def _pass_at(folder, cfg, noises):
                          bar=False)
     return {str(r['noise']): r['counts'] for r in found}
 
-# %% ../nbs/35_study.ipynb #708bec35
+# %% ../nbs/35_study.ipynb #f25fc3a5
 def measure(cfg: Config, out: Path, init: Path, noises: tuple = ()) -> dict:
     "A method from a given start, with all that a study asks of it; kept when it is already there"
     file, scores = out/'study.json', _method(cfg, out, init)
     if file.exists(): scores = json.loads(file.read_text())
+    weights = b''.join(f.read_bytes() for f in sorted(Path(init).glob('*.safetensors')))
+    scores['start'] = hashlib.sha256(weights).hexdigest()[:12]
     if cfg.latent and 'at_start' not in scores:
         model, task = _reload(init, cfg)
         rows = next(v for k, v in task.rows.items() if k not in ('train', 'validation'))
@@ -160,7 +162,7 @@ def measure(cfg: Config, out: Path, init: Path, noises: tuple = ()) -> dict:
     file.write_text(json.dumps(scores))
     return scores
 
-# %% ../nbs/35_study.ipynb #95bbbf98
+# %% ../nbs/35_study.ipynb #bad8aa17
 _KEPT = 'pass1 latent_length text_length support invalid unparsed kl samples'.split()
 
 def _short(score):
@@ -178,7 +180,8 @@ def run_row(study: str, arm: Arm, cell: str, job: Job, result: dict) -> dict:
                data={k: v['sha256'][:12] for k, v in s['data'].items()}, curve=result['curve'],
                scores={k: {m: _short(v[m]) for m in ('noise_free', 'sampled')}
                        for k, v in splits.items()})
-    more = dict(at_end=next(iter(splits.values())).get('diagnostics'), at_start=s.get('at_start'),
+    more = dict(start=s.get('start'), at_start=s.get('at_start'),
+                at_end=next(iter(splits.values())).get('diagnostics'),
                 best={k: _short(v) for k, v in s.get('best', {}).items()} or None,
                 pass_at={k: ' '.join(map(str, v)) for k, v in s.get('pass_at', {}).items()} or None)
     return row | {k: v for k, v in more.items() if v}
@@ -240,7 +243,21 @@ def _same(row, job, table):
         run = f"{row['cell']}, seed {row['seed']}"
         raise ValueError(f'{table}: holds {run}, with {was}, not {now}; name another --table')
 
-# %% ../nbs/35_study.ipynb #5e75c575
+# %% ../nbs/35_study.ipynb #27f14745
+def _missing(name, arm, rows, out, table):
+    "Runs to do: folder -> (job, cell); a seed of which some are missing is run with one start"
+    jobs = {}
+    for seed in arm.seeds:
+        made = {c.name: Job(arm.preset, c.method, seed, arm.settings | c.settings, {}, out)
+                for c in arm.cells}
+        kept = {c: r for c in made if (r := rows.get((name, arm.name, c, seed)))}
+        for c, job in made.items():
+            if c in kept: _same(kept[c], job, table)
+            if c not in kept or len(kept) < len(made) and not job.folder.exists():
+                jobs[job.folder] = (job, c)
+    return jobs
+
+# %% ../nbs/35_study.ipynb #58447501
 def study(
     name: str,              # a key of `STUDIES`
     table: Path,            # compressed results table: what it holds is not run again
@@ -259,11 +276,7 @@ def study(
     if name in ('toy', 'ladder', 'pass') and late:
         raise ValueError(f'{name}: {min(late)} has no learning rate; run the study search first')
     for arm in todo:
-        jobs = {}
-        for seed, cell in product(arm.seeds, arm.cells):
-            job = Job(arm.preset, cell.method, seed, arm.settings | cell.settings, {}, out)
-            if kept := rows.get((name, arm.name, cell.name, seed)): _same(kept, job, table)
-            else: jobs[job.folder] = (job, cell.name)
+        jobs = _missing(name, arm, rows, out, table)
 
         def each(job, result, arm=arm, jobs=jobs):
             own = [f'{k} {v}' for k, v in job.vary.items() if k not in arm.settings]

@@ -90,6 +90,13 @@ def test_a_study_resumes_and_repeats(tmp_path, monkeypatch):
     assert len(row["scores"]["test"]["noise_free"]["right"]) == 40
     assert set(row["pass_at"]) == {"0.0", "1.0"} and row["at_start"]["leak"] > 0
     assert row["made"]["command"] == "latent-grpo study tiny"
+    more = replace(arm, cells=(*arm.cells, Cell("exact", "exact")), seeds=(1,))
+    monkeypatch.setitem(package.STUDIES, "tiny", lambda rates: [more])
+    study("tiny", table, tmp_path / "third", 1, bar=False)                             # a seed with one start
+    assert {p.parent.name for p in (tmp_path / "third").rglob("study.json")} == {"vanilla", "centred", "exact"}
+    one = {r["start"] for r in read_table(table) if r["seed"] == 1 and "start" in r}
+    other = {r["start"] for r in read_table(table) if r["seed"] == 2 and "start" in r}
+    assert len(one) == len(other) == 1 and one != other
     text = report("tiny", table)
     assert "vanilla" in text and len(text.splitlines()) == 5
 
@@ -401,6 +408,12 @@ def test_the_record_follows_from_the_table():
     assert json.loads(json.dumps(script.summary(rows))) == record
     assert all(r["made"]["commit"] and "dirty" not in r["made"]["commit"] for r in rows)
     assert len({tuple(r[k] for k in ("study", "arm", "cell", "seed")) for r in rows}) == len(rows)
+    starts = {}
+    for r in rows:
+        if r["method"] not in ("explicit", "latent-start", "explicit-start"):
+            key = r["study"], r["arm"], r["seed"], r["settings"].get("latent_sft")
+            starts.setdefault(key, set()).add((r["made"]["commit"], r.get("start")))
+    assert not {k for k, v in starts.items() if len(v) > 1 and k[0] != "search"}      # one start for all cells
 
 
 def test_a_run_is_dirty_by_its_code_not_by_its_results(tmp_path, monkeypatch):
