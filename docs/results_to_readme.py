@@ -69,7 +69,7 @@ def study(record):
     runs = ", ".join(f"{name} {n}" for name, n in record["runs"].items())
     ran = [v for v in record["verdicts"] if v["rungs"]]
     rest = lambda word: "; ".join(v["claim"] for v in record["verdicts"] if v["verdict"] == word)
-    how = (f"Differences of noise-free Pass@1 in points with 95 % intervals (lengths: a ratio; O1: a gradient), on the first rung that was run. "
+    how = (f"Differences of noise-free Pass@1 in points with 95 % intervals (C2, length: a ratio; C8: hundredths of a share; O1: a gradient factor; O2: a rank correlation; drift: KL to the start, nats a step), on the first rung that was run. "
            f"Lines of the table: {runs}. {made_by(record)}")
     for word, text in (("not run", "Not run yet"), ("no verdict", "Run, but nothing there to judge")):
         how += f" {text}: {rest(word)}." if rest(word) else ""

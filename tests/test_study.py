@@ -244,13 +244,20 @@ def test_what_changes_no_answer_is_not_judged():
     assert {v["verdict"] for v in verdicts([run("paper", s, "1") for s in (1, 2, 3)]) if v["claim"] == "C6"} == {"no verdict"}
 
 
+def test_two_lost_policies_are_not_compared():
+    claim = Claim("C", "", "more", ("toy",), ("a", "b"))
+    rows = [run(c, s, r) for s in (1, 2, 3) for c, r in (("latent-start", "1" * 8), ("a", "1" + "0" * 7), ("b", "0" * 8))]
+    assert claim.on(rows, "toy") is None
+    assert claim.on([r | run("b", r["seed"], "1" * 8) if r["cell"] == "b" else r for r in rows], "toy")["verdict"] == "fails"
+
+
 def test_claims_on_some_seeds_take_only_those():
     """The explicit start is solved at seeds 1 to 3; where it is not, two seeds are too few."""
     rows = [run("explicit-start", s, "1111" if s < 4 else "1000") for s in range(1, 6)]
     rows += [run(c, s, r) for s in range(1, 6) for c, r in (("a", "1110"), ("b", "1111" if s < 4 else "0000"))]
-    effect, seeds = at_seeds(("a", "b"), lambda start: start > .9)(rows, "toy")
+    effect, seeds = at_seeds(("a", "b"))(rows, "toy")
     assert effect.mean == -.25 and seeds == 3
-    assert at_seeds(("a", "b"), lambda start: start < .9)(rows, "toy") is None
+    assert at_seeds(("a", "b"), False)(rows, "toy") is None
 
 
 def test_where_nothing_moves_nothing_is_judged():
@@ -317,8 +324,9 @@ def test_the_table_shows_effect_interval_and_verdict():
     table = verdict_table([dict(claim="C", text="a is better", rungs=[x], verdict="holds here", planned=1)])
     assert "+100.0 [+100.0, +100.0], 3 seeds: holds" in table and "**holds here**" in table
     both = [dict(claim="C", text="", rungs=[x, x | dict(arm="other", verdict="open")], verdict="open", planned=4)]
+    assert "**open** (2 of 4)" in verdict_table(both)
     assert "other" in verdict_table(both) and "other" not in verdict_table(both, rungs=False)
-    assert "; 2 of 4 planned rungs: holds 1, open 1" in verdict_table(both, rungs=False)
+    assert "; all: holds 1, open 1" in verdict_table(both, rungs=False)
 
 
 # --------------------------------------------------------------------------------------------- the evidence
