@@ -61,7 +61,7 @@ def continue_from(
     m, prompts = with_latents(model, [task.prompt(x) for x in rows], latents)
     r = generate(m, prompts, sampling, task.end_latent_ids, task.eos_id, 1, max_steps)
     right = [task.reward(x, r.tokens(i), bool(r.ended[i])) for i, x in enumerate(rows)]
-    ids, mask = pad_left(prompts)
+    ids, mask = (t.to(m.embed.device) for t in pad_left(prompts))
     state = m.hidden(m.embed[ids], mask)[0][:, -1]
     return torch.tensor(right), m.head(state).float().log_softmax(-1), state
 
