@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SWITCHES', 'INGREDIENTS', 'LOOKS_OF', 'switch_effects', 'plot_switches', 'plot_grid', 'outcomes', 'judged',
-           'leak_threshold', 'area', 'forecast', 'plot_leak', 'leak_arms', 'leak_table', 'effect_word', 'regions',
-           'plot_regions', 'plot_map', 'plot_pass', 'validation', 'late_collapses', 'plot_long', 'figures']
+           'leak_threshold', 'area', 'forecast', 'plot_leak', 'leak_arms', 'leak_table', 'effect_word', 'mapped',
+           'regions', 'plot_regions', 'plot_map', 'plot_pass', 'validation', 'late_collapses', 'plot_long', 'figures']
 
 # %% ../nbs/37_evidence.ipynb #58116118
 import re
@@ -152,11 +152,11 @@ def plot_leak(rows: list, places: list):    # a matplotlib figure; places: (stud
         ax.figure.legend(loc='outside lower center', ncols=2)
     return fig
 
-# %% ../nbs/37_evidence.ipynb #4321d2a6
+# %% ../nbs/37_evidence.ipynb #eeaf35c5
 def leak_arms() -> dict:    # line of the table -> (study, arm)s
-    "Where the threshold is chosen, and where it is tried; `base` repeats runs of the grid"
+    "Where the threshold is chosen, and where it is tried"
     drawn = SAMPLERS.split('|')
-    named = [a.name for a in arms('map') if a.name != 'base']
+    named = [a.name for a in arms('map')]
     return {'grid, where it is chosen': [('grid', 'grid')],
             'map: other samplers, labels, lengths': [('map', a) for a in drawn],
             'map: other training': [('map', a) for a in named if a not in drawn],
@@ -180,7 +180,7 @@ def leak_table(rows: list) -> str:    # markdown
             percent(f[k]) for k in ('leak', 'name', 'guess')), *areas]) + ' |')
     return '\n'.join(lines)
 
-# %% ../nbs/37_evidence.ipynb #04230e29
+# %% ../nbs/37_evidence.ipynb #1399439f
 INGREDIENTS = 'one-sided', 'first-token', 'masked', 'paper', 'exact', 'centred'
 
 def effect_word(interval) -> str:
@@ -190,11 +190,22 @@ def effect_word(interval) -> str:
     if high < 0: return 'harms'
     return 'nothing' if -MARGIN < low and high < MARGIN else 'unclear'
 
+def mapped(rows: list) -> list:    # rows
+    "The runs of the map; its middle, the arm `base`, is made of runs of the grid under other names"
+    names = {'latent-start': 'latent-start'}
+    for c in arms('map')[0].cells:
+        same = [g.name for g in grid_cells() if make_config('toy', g.method, **g.settings)
+                == make_config('toy', c.method)]
+        names |= {g: c.name for g in same}
+    moved = [r for r in rows if r['study'] == 'map']
+    return moved + [r | dict(study='map', arm='base', cell=names[r['cell']]) for r in rows
+                    if r['study'] == 'grid' and r['cell'] in names]
+
 def regions(rows: list) -> dict:    # (arm, ingredient) -> `Interval` of its difference from vanilla
     "The map, in the order of its axes"
-    mine = {a.name: [r for r in rows if (r['study'], r['arm']) == ('map', a.name)]
-            for a in arms('map')}
-    found = {(a, c): difference(mine[a], a, (c, 'vanilla')) for a in mine for c in INGREDIENTS}
+    rows = mapped(rows)
+    found = {(a, c): difference(rows, a, (c, 'vanilla'))
+             for a in ('base', *(a.name for a in arms('map'))) for c in INGREDIENTS}
     return {k: v for k, v in found.items() if v}
 
 # %% ../nbs/37_evidence.ipynb #64c729d5
@@ -220,10 +231,10 @@ def plot_regions(rows: list):    # a matplotlib figure
         ax.set_title('Points of Pass@1 more than vanilla; in brackets: unclear')
     return fig
 
-# %% ../nbs/37_evidence.ipynb #6841f89c
+# %% ../nbs/37_evidence.ipynb #c1527612
 def plot_map(rows: list):    # a matplotlib figure
     "Gain over the start along every axis of the map, a panel per axis"
-    rows, axes_of, preset = [r for r in rows if r['study'] == 'map'], {}, make_config('toy')
+    rows, axes_of, preset = mapped(rows), {}, make_config('toy')
     for arm in dict.fromkeys(r['arm'] for r in rows if r['arm'] != 'base'):
         name, _, value = arm.rpartition(' ')
         axes_of.setdefault(name, {float(getattr(preset, name)): 'base'})[float(value)] = arm
@@ -303,14 +314,14 @@ def plot_long(rows: list):    # a matplotlib figure
                         ax, title=arm)
     return fig
 
-# %% ../nbs/37_evidence.ipynb #8567c928
+# %% ../nbs/37_evidence.ipynb #36428944
 def figures(rows: list, study: str) -> dict:    # file name -> matplotlib figure
     "What can be drawn of a study; on `toy` also the verdicts"
     mine = [r for r in rows if r['study'] == study]
     if not mine: return {}
     if study == 'map':      # a map needs a second point
-        whole = len({arm for arm, _ in regions(mine)}) > 1
-        return dict(map=plot_map(mine), regions=plot_regions(mine)) if whole else {}
+        begun = len({arm for arm, _ in regions(rows)}) > 1
+        return dict(map=plot_map(rows), regions=plot_regions(rows)) if begun else {}
     if study == 'long': return dict(long=plot_long(mine))
     if study == 'grid':
         known = np.unique(judged(outcomes(mine, 'grid', 'grid'))[:, 0])

@@ -75,7 +75,7 @@ def grid_cells() -> tuple:
         out.append(Cell(name, 'vanilla', settings | own.get(score, {})))
     return tuple(out)
 
-# %% ../nbs/35_study.ipynb #78bacc59
+# %% ../nbs/35_study.ipynb #57d2137f
 AXES = dict(lr=(1e-6, 1e-5, 3e-5, 3e-4, 1e-3), noise_scale=(.25, 1.), top_k=(2, 6), top_p=(.8,),
             sharpness=(2., 4.), rate=(2, 8), epochs=(3,), kl_coef=(.01, .1), max_steps=(16, 20),
             group_size=(4, 16))
@@ -84,8 +84,7 @@ def _map():
     "Methods and single ingredients along every axis; masking where something can be cut off"
     cells = lambda axis: SHORT + ALONE + (Cell('masked', 'masked'),) * (axis == 'max_steps')
     points = [(k, v) for k, values in AXES.items() for v in values]
-    return [Arm('base', cells(''), SEEDS[:4]),
-            *(Arm(f'{k} {v:g}', cells(k), SEEDS[:4], {k: v}) for k, v in points)]
+    return [Arm(f'{k} {v:g}', cells(k), SEEDS[:4], {k: v}) for k, v in points]
 
 def _tuned(cells, rates):
     "Cells at the learning rates that the search chose; the preset's where none was searched"

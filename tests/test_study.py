@@ -8,7 +8,7 @@ import pytest
 
 from latent_grpo import study as package
 from latent_grpo.evaluate import hierarchical_bootstrap, rank_correlation, seed_interval
-from latent_grpo.evidence import (figures, forecast, late_collapses, leak_table, leak_threshold, outcomes, regions)
+from latent_grpo.evidence import (figures, forecast, late_collapses, leak_table, leak_threshold, mapped, outcomes, regions)
 from latent_grpo.presets import make_config
 from latent_grpo.runs import provenance
 from latent_grpo.study import (RATES, SEARCH_SEEDS, SEEDS, STUDIES, Arm, Cell, arms, chosen_rates, grid_cells,
@@ -362,6 +362,10 @@ def test_the_map_compares_with_vanilla_at_the_same_setting():
     found = regions(rows)
     place = {c.name: i for i, c in enumerate(arms("map")[0].cells)}
     assert {k[0] for k in found} == {a.name for a in arms("map")}
+    middle = [r for r in made("grid") if r["cell"] in ("published, two-sided, none, off, off", "exact, two-sided, none, paper, off")]
+    base = mapped(middle + [r | dict(arm="elsewhere", study="toy") for r in middle])
+    assert {(r["study"], r["arm"], r["cell"]) for r in base} == {("map", "base", "vanilla"), ("map", "base", "exact")}
+    assert len(base) == len(middle) and set(regions(middle)) == {("base", "exact")}
     assert found["kl_coef 0.1", "one-sided"].mean == pytest.approx((place["one-sided"] - place["vanilla"]) / 40)
     assert {a for a, c in found if c == "masked"} == {"max_steps 16", "max_steps 20"}
 
