@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from latent_grpo.runs import provenance
-from latent_grpo.study import read_table
-from latent_grpo.verdicts import answers
+from latent_grpo.study import answers, read_table
+from latent_grpo.verdicts import verdicts
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -16,7 +16,7 @@ RESULTS = Path(__file__).parent / "results"
 def twice(older, newer):
     """Differences in points of noise-free Pass@1, newer less older, of every method and seed that were trained twice."""
     key = lambda r: (r["cell"], r["seed"])
-    before = {key(r): r for r in older if r["study"] == "toy" and "start" not in r["cell"]}
+    before = {key(r): r for r in older if r["study"] == "toy"}
     found = {}
     for r in sorted((r for r in newer if r["study"] == "toy"), key=key):
         was = before.get(key(r))
@@ -25,15 +25,31 @@ def twice(older, newer):
     return found
 
 
+def changed(older, newer):
+    """Verdicts on the toy that come out differently, over the runs that both tables have: claim -> [older, newer]."""
+    key = lambda r: (r["study"], r["arm"], r["cell"], r["seed"])
+    both = {key(r) for r in older} & {key(r) for r in newer}
+    words = []
+    for rows in (older, newer):
+        found = verdicts([r for r in rows if key(r) in both and r["study"] == "toy"])
+        words.append({v["claim"]: next((f"{x['verdict']} (best: {x['at_best']})" if "at_best" in x else x["verdict"]
+                                        for x in v["rungs"] if x["arm"] == "toy"), "none") for v in found})
+    return {c: [words[0][c], words[1][c]] for c in words[0] if words[0][c] != words[1][c]}, len(words[0])
+
+
 def summary(found, older, newer):
-    """How they were made, and how far they lie apart."""
-    sizes = [abs(v) for by_seed in found.values() for v in by_seed.values()]
+    """How they were made, and how far they lie apart; starts are apart from what was trained with rewards."""
+    starts = {c: v for c, v in found.items() if "start" in c}
+    trained = {c: v for c, v in found.items() if "start" not in c}
+    sizes = [abs(v) for by_seed in trained.values() for v in by_seed.values()]
     joined = lambda rows, what: ", ".join(sorted({r["made"][what] for r in rows if r["study"] == "toy"}))
     made = provenance(sorted({s for by_seed in found.values() for s in by_seed}),
                       "git show 7a4b085:docs/results/study.jsonl.gz > older.jsonl.gz; python docs/machines.py older.jsonl.gz")
-    return made | dict(trained={name: dict(commit=joined(rows, "commit"), date=joined(rows, "date"), hardware=joined(rows, "hardware"))
-                                for name, rows in (("older", older), ("newer", newer))},
-                       runs=len(sizes), mean=round(float(np.mean(sizes)), 2), points=found)
+    verdicts_changed, claims = changed(older, newer)
+    return made | dict(tables={name: dict(commit=joined(rows, "commit"), date=joined(rows, "date"), hardware=joined(rows, "hardware"))
+                               for name, rows in (("older", older), ("newer", newer))},
+                       runs=len(sizes), mean=round(float(np.mean(sizes)), 2), points=trained, starts=starts,
+                       claims=claims, verdicts_changed=verdicts_changed)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ RESULTS = Path(__file__).parent / "results"
 
 def short(found):
     """Verdicts with rounded effects, ready for JSON."""
-    rounded = lambda x: x | {"effect": [round(v, 5) for v in x["effect"]]}
+    rounded = lambda x: x | {"effect": [round(v, 8) for v in x["effect"]]}
     return [v | {"rungs": [rounded(x) for x in v["rungs"]]} for v in found]
 
 

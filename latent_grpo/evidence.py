@@ -18,19 +18,18 @@ from .verdicts import (LOOKS, MARGIN, SAMPLERS, SHORT_LOOKS, answers, difference
                                   main_effect, means, passing, pick, plot_methods,
                                   plot_verdicts, verdicts)
 
-# %% ../nbs/37_evidence.ipynb #bb103431
+# %% ../nbs/37_evidence.ipynb #f6afa31c
 _COLOURS = '#0072B2', '#009E73', '#CC79A7', '#E69F00', '#444444'
 SWITCHES = ( # name, place in the name of a cell, value on, value off, parts of the grid
     ('one-sided noise', 1, 'one-sided', 'two-sided', ('', 'published', 'centred')),
-    ('aligned estimator', 2, 'aligned', 'none', ('', 'two-sided')),
-    ('released estimator', 2, 'released', 'none', ('', 'two-sided')),
-    ('masking', 3, 'paper', 'off', ('', 'two-sided')),
-    ('first-token selection', 4, 'paper', 'off', ('', 'two-sided')),
-    ('centring', 0, 'centred', 'published', ('', 'one-sided', 'two-sided')),
-    ('exact score', 0, 'exact', 'published', ('',)))
+    ('aligned estimator', 2, 'aligned', 'none', ('',)),
+    ('released estimator', 2, 'released', 'none', ('',)),
+    ('masking', 3, 'paper', 'off', ('',)), ('first-token selection', 4, 'paper', 'off', ('',)),
+    ('centring (no estimator)', 0, 'centred', 'published', ('', 'one-sided', 'two-sided')),
+    ('exact score (no estimator)', 0, 'exact', 'published', ('',)))
 
-_PARTS = {'published': '... under the published score', 'centred': '... under the centred score',
-          'one-sided': '... with one-sided noise', 'two-sided': '... with two-sided noise'}
+_PARTS = {'published': 'published score only', 'centred': 'centred score only',
+          'one-sided': 'one-sided noise only', 'two-sided': 'two-sided noise only'}
 
 def switch_effects(rows: list) -> dict:    # (name, part) -> (effect on Pass@1, on the KL)
     "Main effects of the grid, over pairs of cells that differ in one switch only"
@@ -41,25 +40,28 @@ def switch_effects(rows: list) -> dict:    # (name, part) -> (effect on Pass@1, 
             if all(effects): found[name, part] = tuple(interval for interval, _ in effects)
     return found
 
-# %% ../nbs/37_evidence.ipynb #af6e0221
+# %% ../nbs/37_evidence.ipynb #56aa5a93
 def plot_switches(rows: list):    # a matplotlib figure
     "Main effects of the grid on Pass@1 and on the drift, with intervals"
     found = switch_effects(rows)
+    places = -np.cumsum([1 if part else 1.4 for _, part in found])      # a gap before a switch
     with style():
         import matplotlib.pyplot as plt
         fig, axes = plt.subplots(1, 2, figsize=(8, .9 + .3 * len(found)), sharey=True)
         for ax, place, scale, label in ((axes[0], 0, 100, 'points of Pass@1'),
                                         (axes[1], 1, 1, 'KL to the start (nats a step)')):
-            for y, effects in enumerate(found.values()):
+            for y, effects in zip(places, found.values()):
                 mean, low, high = (scale * v for v in effects[place])
                 unclear = low <= 0 <= high
                 colour = '#888888' if unclear else '#222222' if place else LOOKS[
                     'holds' if low > 0 else 'fails'][0]
-                ax.plot([low, high], [-y, -y], color=colour)
-                ax.plot(mean, -y, 's' if unclear else 'o', color=colour)
+                ax.plot([low, high], [y, y], color=colour)
+                ax.plot(mean, y, 's' if unclear else 'o', color=colour)
             ax.axvline(0, color='#444444', linewidth=1)
-            ax.set(xlabel=label, yticks=[-y for y in range(len(found))],
+            ax.set(xlabel=label, yticks=places,
                    yticklabels=[_PARTS.get(part, name) for name, part in found])
+        for text, (_, part) in zip(axes[0].get_yticklabels(), found):
+            text.set(fontweight='normal' if part else 'bold', color='#555555' if part else 'black')
         fig.suptitle('What a switch changes, all others held (95 % intervals)', x=.02, ha='left',
                      fontweight='bold', fontsize=11)
     return fig
@@ -122,14 +124,15 @@ def area(points: np.ndarray):    # 0 to 1, or None without a pair
     pairs = leaks[lost][:, None] - leaks[~lost][None]
     return float(np.mean((pairs > 0) + .5 * (pairs == 0))) if pairs.size else None
 
-# %% ../nbs/37_evidence.ipynb #0c641b8f
+# %% ../nbs/37_evidence.ipynb #cb6dfc5d
 def forecast(points: np.ndarray, threshold: float) -> dict:
     "How often `leak > threshold` says that a cell loses, beside the name and the better guess"
     some = judged(points)
-    if not len(some): return dict(cells=0, apart=len(points))
+    high = int((points[:, 0] > threshold).sum() - (some[:, 0] > threshold).sum())
+    if not len(some): return dict(cells=0, apart=len(points), high=high)
     lost, rest = some[:, 2] < 0, some[some[:, 3] == 0]
     right = lambda told: float(np.mean(told == lost))
-    return dict(cells=len(some), apart=len(points) - len(some), lost=int(lost.sum()),
+    return dict(cells=len(some), apart=len(points) - len(some), high=high, lost=int(lost.sum()),
                 leak=right(some[:, 0] > threshold), name=right(some[:, 3] == 1),
                 guess=max(right(True), right(False)), area=area(some), rest=area(rest))
 
@@ -152,31 +155,33 @@ def plot_leak(rows: list, places: list):    # a matplotlib figure; places: (stud
         ax.figure.legend(loc='outside lower center', ncols=2)
     return fig
 
-# %% ../nbs/37_evidence.ipynb #eeaf35c5
+# %% ../nbs/37_evidence.ipynb #fb0e446b
 def leak_arms() -> dict:    # line of the table -> (study, arm)s
     "Where the threshold is chosen, and where it is tried"
     drawn = SAMPLERS.split('|')
     named = [a.name for a in arms('map')]
     return {'grid, where it is chosen': [('grid', 'grid')],
+            'toy, each at its own rate': [('toy', 'toy')],
             'map: other samplers, labels, lengths': [('map', a) for a in drawn],
             'map: other training': [('map', a) for a in named if a not in drawn],
             'other toys and starts': [('ladder', a.name) for a in arms('ladder')]}
 
-# %% ../nbs/37_evidence.ipynb #174eb74b
+# %% ../nbs/37_evidence.ipynb #671b06d9
 def leak_table(rows: list) -> str:    # markdown
     "One threshold, chosen on the grid and tried elsewhere"
     fit = outcomes(rows, 'grid', 'grid')
     threshold, kinds = leak_threshold(fit), len(np.unique(judged(fit)[:, 0].round(6)))
     lines = [f'Threshold {threshold:.2f}; the grid has {kinds} different leaks.', '',
-             '| cells | judged | lose | leak right | name right | one guess for all | area '
-             '| without one-sided |', '|---|' + '---:|' * 7]
+             '| cells | judged | apart, above it | lose | leak right | name right '
+             '| one guess for all | area | without one-sided |', '|---|' + '---:|' * 8]
     percent = lambda x: f'{100 * x:.0f} %'
     for line, places in leak_arms().items():
         points = np.concatenate([outcomes(rows, *place) for place in places])
         f = forecast(points, threshold)
         if not f['cells']: continue
         areas = ['' if f[k] is None else f'{f[k]:.2f}' for k in ('area', 'rest')]
-        lines.append('| ' + ' | '.join([line, f"{f['cells']} of {len(points)}", str(f['lost']), *(
+        lines.append('| ' + ' | '.join([line, f"{f['cells']} of {len(points)}",
+                                       str(f['high']), str(f['lost']), *(
             percent(f[k]) for k in ('leak', 'name', 'guess')), *areas]) + ' |')
     return '\n'.join(lines)
 
@@ -257,9 +262,8 @@ def plot_map(rows: list):    # a matplotlib figure
         fig.legend(*axes[0, 0].get_legend_handles_labels(), loc='outside lower center', ncols=4)
     return fig
 
-# %% ../nbs/37_evidence.ipynb #280a800e
-LOOKS_OF = {'explicit': ('#000000', 's'), 'explicit, no RL': ('#666666', '.'),
-            'latent, no RL': ('#A0A0A0', '.')} | SHORT_LOOKS
+# %% ../nbs/37_evidence.ipynb #362574f7
+LOOKS_OF = {'explicit': ('#000000', 's')} | SHORT_LOOKS | {'latent, no RL': ('#D55E00', '.')}
 
 def plot_pass(rows: list, arm: str = 'pass@k'):    # a matplotlib figure
     "pass@k of every method: a panel per scale of the latent noise"
@@ -275,7 +279,7 @@ def plot_pass(rows: list, arm: str = 'pass@k'):    # a matplotlib figure
                 if runs: ax.plot(ks, 100 * np.mean(found, 0), f'-{marker}', color=colour,
                                  label=cell)
             guess = [100 * (1 - (1 - 1 / answers_of)**k) for k in ks]
-            ax.plot(ks, guess, ':', color='#D55E00', label='guessing')
+            ax.plot(ks, guess, ':', color='#666666', label='guessing')
             ax.set(xscale='log', xticks=ks, xticklabels=ks, xlabel='attempts k',
                    title=f'latent noise {noise}')
             ax.minorticks_off()

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SEARCH_SEEDS', 'SEEDS', 'RATES', 'MAIN', 'PEERS', 'LESS', 'STARTS', 'SHORT', 'ALONE', 'TOYS', 'AXES', 'SMALL',
            'STUDIES', 'Cell', 'Arm', 'grid_cells', 'arms', 'measure', 'run_row', 'read_table', 'write_table',
-           'committed_rows', 'chosen_rates', 'split_mean', 'best_mean', 'study', 'report']
+           'committed_rows', 'pick', 'shared', 'answers', 'chosen_rates', 'split_mean', 'best_mean', 'study', 'report']
 
 # %% ../nbs/35_study.ipynb #d2a71aa3
 from dataclasses import dataclass, field, replace
@@ -217,6 +217,25 @@ def committed_rows() -> list:
         return read_table(Path(folder)/'t.gz')
 
 def _key(row): return row['study'], row['arm'], row['cell'], row['seed']
+
+# %% ../nbs/35_study.ipynb #9ce7d3db
+def pick(rows: list, arm: str, cell: str) -> dict:    # seed -> row
+    "The runs of a cell"
+    return {r['seed']: r for r in rows if r['arm'] == arm and r['cell'] == cell}
+
+def shared(rows, arm: str, *cells) -> list:    # per seed, in order: a row of each cell
+    "Runs of several cells at the seeds that all of them have"
+    found = [pick(rows, arm, c) for c in cells]
+    seeds = sorted(set.intersection(*map(set, found)))
+    return [[f[s] for f in found] for s in seeds]
+
+def answers(row: dict, mode: str = 'noise_free') -> np.ndarray:    # [problems]
+    "Score of every problem, weighted so that their mean is the mean over the run's tests"
+    scores = {k: v[mode if mode != 'best' else 'noise_free'] for k, v in row['scores'].items()}
+    if mode == 'best': scores = row.get('best', scores)      # none is kept where it is the last
+    parts = [np.array(list(map(int, s['right']))) / s['samples'] for s in scores.values()]
+    total = sum(map(len, parts))
+    return np.concatenate([p * total / (len(parts) * len(p)) for p in parts])
 
 # %% ../nbs/35_study.ipynb #2b863273
 def chosen_rates(rows: list) -> dict:    # of the study `search`; cell -> learning rate

@@ -4,45 +4,26 @@
 
 # %% auto #0
 __all__ = ['MARGIN', 'TOYS', 'WORDS', 'RUNGS', 'PASS', 'GRID', 'OTHERS', 'SAMPLERS', 'OF_THE_PAPER', 'OURS', 'CLAIMS',
-           'SHORT_LOOKS', 'LOOKS', 'pick', 'shared', 'answers', 'wider', 'difference', 'counted', 'per_run',
-           'collapsed', 'judge', 'overall', 'joined', 'Claim', 'drift', 'passing', 'passes', 'main_effect',
-           'misaligned', 'invalid', 'closure_gap', 'leak_and_drift', 'leak_predicts', 'ratio_of_steps', 'at_seeds',
-           'if_moved', 'more_drift', 'released_direction', 'verdicts', 'effect_text', 'verdict_table', 'plot_verdicts',
-           'means', 'plot_methods']
+           'SHORT_LOOKS', 'COLOURS', 'LOOKS', 'wider', 'difference', 'counted', 'per_run', 'collapsed', 'judge',
+           'overall', 'joined', 'Claim', 'drift', 'passing', 'passes', 'main_effect', 'misaligned', 'invalid',
+           'closure_gap', 'leak_and_drift', 'leak_predicts', 'ratio_of_steps', 'at_seeds', 'if_moved', 'more_drift',
+           'released_direction', 'verdicts', 'effect_text', 'verdict_table', 'plot_verdicts', 'means', 'plot_methods']
 
-# %% ../nbs/36_verdicts.ipynb #eb99c11a
+# %% ../nbs/36_verdicts.ipynb #f56848d8
 from dataclasses import dataclass
 import numpy as np
 from .evaluate import (Interval, hierarchical_bootstrap, pass_at_k, rank_correlation,
                                   seed_interval)
 from .plots import style
 from .sampling import gradient_factor
-from .study import AXES
+from .study import AXES, answers, pick, shared
 import torch
 
-# %% ../nbs/36_verdicts.ipynb #a8589588
+# %% ../nbs/36_verdicts.ipynb #e70fa8eb
 MARGIN = .02     # of Pass@1; the protocol's
 TOYS = ('toy', 'peaked', 'modulus 13', 'modulus 13, peaked')
 WORDS = ('r = 2', 'r = 3', 'r = 4')
 RUNGS = TOYS + WORDS
-
-def pick(rows: list, arm: str, cell: str) -> dict:    # seed -> row
-    "The runs of a cell"
-    return {r['seed']: r for r in rows if r['arm'] == arm and r['cell'] == cell}
-
-def shared(rows, arm: str, *cells) -> list:    # per seed, in order: a row of each cell
-    "Runs of several cells at the seeds that all of them have"
-    found = [pick(rows, arm, c) for c in cells]
-    seeds = sorted(set.intersection(*map(set, found)))
-    return [[f[s] for f in found] for s in seeds]
-
-def answers(row: dict, mode: str = 'noise_free') -> np.ndarray:    # [problems]
-    "Score of every problem, weighted so that their mean is the mean over the run's tests"
-    scores = {k: v[mode if mode != 'best' else 'noise_free'] for k, v in row['scores'].items()}
-    if mode == 'best': scores = row.get('best', scores)      # none is kept where it is the last
-    parts = [np.array(list(map(int, s['right']))) / s['samples'] for s in scores.values()]
-    total = sum(map(len, parts))
-    return np.concatenate([p * total / (len(parts) * len(p)) for p in parts])
 
 # %% ../nbs/36_verdicts.ipynb #28c6d31e
 def wider(differences) -> Interval:    # of [seeds, problems]
@@ -145,23 +126,26 @@ def passes(a, noise_a, k_a, b, noise_b, k_b):
         return wider(found), len(found)
     return measure
 
-# %% ../nbs/36_verdicts.ipynb #7eab03e3
+# %% ../nbs/36_verdicts.ipynb #4f418d10
 def main_effect(position: int, on: str, off: str, value, part: str = ''):
-    "Of a switch of the grid (or a part of it) on a number of a run: mean over pairs of cells"
+    "Of a switch of the grid (or a part of it) on a number of a run: mean over pairs not both lost"
     def number(row):
         found = value(row)
         return found if found is not None and np.isfinite(found) else None
     def measure(rows, arm):
-        rows = [r for r in rows if r['arm'] == arm and r['cell'].count(', ') == 4]
-        names = sorted({r['cell'] for r in rows if part in r['cell']})
+        names = sorted({r['cell'] for r in rows if r['arm'] == arm and part in r['cell']
+                        and r['cell'].count(', ') == 4})
         flip = lambda c: ', '.join(off if i == position else x for i, x in enumerate(c.split(', ')))
-        pairs = [(c, flip(c)) for c in names if c.split(', ')[position] == on and flip(c) in names]
+        lost = {c for c in names if collapsed(rows, arm, c) >= .5}
+        pairs = [(c, flip(c)) for c in names if c.split(', ')[position] == on and flip(c) in names
+                 and not {c, flip(c)} <= lost]
         whole = set.intersection(*(set(pick(rows, arm, c)) for c in names)) if names else ()
         runs = [(x['seed'], number(x), number(y)) for p in pairs for x, y in shared(rows, arm, *p)
                 if x['seed'] in whole]
         known, by_seed = [r for r in runs if None not in r], {}
         for seed, a, b in known: by_seed.setdefault(seed, []).append(a - b)
-        if len(by_seed) < 3 or len(known) < .8 * len(runs): return None     # too few to judge
+        some = {seed for seed, a, b in known if a or b}        # seeds with more than zeros
+        if len(some) < 3 or len(known) < .8 * len(runs): return None     # too few to judge
         return seed_interval([float(np.mean(v)) for v in by_seed.values()]), len(by_seed)
     return measure
 
@@ -201,13 +185,13 @@ def ratio_of_steps(rows, arm):
                             for k in ('latent_length', 'text_length'))
     return per_run(rows, arm, ('explicit', 'paper'), lambda e, p: steps(e) / steps(p))
 
-# %% ../nbs/36_verdicts.ipynb #7aa87380
-def at_seeds(cells: tuple, solved: bool = True):
-    "A difference at the seeds whose explicit start solves 90 % of the problems, or does not"
+# %% ../nbs/36_verdicts.ipynb #12406cf4
+def at_seeds(what, solved: bool = True):    # cells, or a measure of (rows, arm)
+    "An effect at the seeds whose explicit start solves 90 % of the problems, or does not"
     def measure(rows, arm):
         starts = {s: answers(r).mean() for s, r in pick(rows, arm, 'explicit-start').items()}
         some = [r for r in rows if r['seed'] in starts and (starts[r['seed']] >= .9) == solved]
-        return counted(some, arm, cells)
+        return what(some, arm) if callable(what) else counted(some, arm, what)
     return measure
 
 def if_moved(cells: tuple, least: float = 1e-3):    # nats a step
@@ -228,22 +212,22 @@ def released_direction(rows, arm):
     one = gradient_factor(torch.tensor([-1.]), 'released', torch.tensor([-1.])).item() * -1
     return Interval(one, one, one), 0
 
-# %% ../nbs/36_verdicts.ipynb #c1af97ad
+# %% ../nbs/36_verdicts.ipynb #ae05eb97
 PASS, GRID, OTHERS = ('pass@k',), ('grid',), '|'.join(TOYS[1:])
 SAMPLERS = '|'.join(f'{k} {v:g}' for k in ('noise_scale', 'top_k', 'top_p', 'sharpness', 'rate')
                     for v in AXES[k])      # arms of the map that draw latents otherwise
-_cell, _KS = '{}, {}, {}, paper, {}'.format, (('', 64), (', k = 8', 8))
+_cell, _KS = '{}, {}, {}, paper, {}'.format, (('', 64, 99), (', k = 8', 8, 47))
 
 OF_THE_PAPER = (
     Claim('C1', 'Latent-GRPO improves its latent start', 'more', RUNGS, ('paper', 'latent-start')),
-    Claim('C1, small rates', 'the same at rates below the search, where anything moves', 'more',
+    Claim('C1, small rates', 'the same at learning rates 1e-6 and 1e-5, where it moves', 'more',
           ('lr 1e-06', 'lr 1e-05', 'long, small rate'), if_moved(('paper', 'latent-start'))),
     Claim('C2', 'it matches or beats explicit GRPO', 'level', RUNGS, ('paper', 'explicit')),
     Claim('C2, solved starts', 'the same where explicit training worked (start at least 90 %)',
           'level', TOYS, at_seeds(('paper', 'explicit'))),
     Claim('C2, length', 'in chains at least 3 times shorter (set by the labels)', 'above',
           RUNGS, ratio_of_steps, 'times', 3.),
-    Claim('C2, gain', 'where the explicit start has room, it gains as much on its own', 'level',
+    Claim('C2, gain', 'it gains as much as explicit GRPO, whose start is below 90 %', 'level',
           RUNGS, at_seeds(('paper', 'latent-start', 'explicit', 'explicit-start'), False)),
     Claim('C3', 'naive latent GRPO is flat or unstable', 'flat', RUNGS,
           ('vanilla', 'latent-start'), flat='vanilla'),
@@ -257,12 +241,12 @@ OF_THE_PAPER = (
     Claim('C6', 'masking is needed', 'more', TOYS, ('paper', 'paper, no masking')),
     Claim('C6, tight limit', 'it helps vanilla where a limit cuts', 'more',
           ('max_steps 16', 'max_steps 20'), ('masked', 'vanilla')),
-    *(Claim(f'C7{tail}', f'Gumbel noise raises pass@{k}', 'more', PASS,
-            passes('paper', '0.5', k, 'paper', '0.0', k)) for tail, k in _KS),
-    Claim('C7, price', 'at a price in pass@1', 'more', PASS,
+    *(Claim(f'C7{tail}', f'Gumbel noise raises pass@{k} (guessing: {g} %)', 'more', PASS,
+            passes('paper', '0.5', k, 'paper', '0.0', k)) for tail, k, g in _KS),
+    Claim('C7, price', 'and lowers pass@1: without it, less with it', 'more', PASS,
           passes('paper', '0.0', 1, 'paper', '0.5', 1)),
     *(Claim(f'C7, explicit{tail}', f'and then pass@{k} is above that of explicit GRPO', 'more',
-            PASS, passes('paper', '0.5', k, 'explicit', '0.0', k)) for tail, k in _KS),
+            PASS, at_seeds(passes('paper', '0.5', k, 'explicit', '0.0', k))) for tail, k, _ in _KS),
 )
 
 # %% ../nbs/36_verdicts.ipynb #d975a09b
@@ -279,13 +263,13 @@ OF_THE_PAPER += (
           ('paper, no Latent-SFT', 'latent-start, latent_sft 0')),
 )
 
-# %% ../nbs/36_verdicts.ipynb #e4d4efde
+# %% ../nbs/36_verdicts.ipynb #e422e4ab
 OURS = (
-    Claim('O1', 'the released estimator does not flip the sign', 'above', ('one component',),
+    Claim('O1', 'the released estimator shrinks, it turns no sign', 'above', ('one component',),
           released_direction, 'gradient'),
-    Claim('O1, cost', 'and ends lower than the aligned one, which does', 'less', GRID,
+    Claim('O1, cost', 'and ends lower than the aligned one, which turns it', 'less', GRID,
           main_effect(2, 'released', 'aligned', lambda r: answers(r).mean())),
-    Claim('O2', 'the mean of the score predicts drift', 'above', ('grid', SAMPLERS, OTHERS),
+    Claim('O2', 'the mean of the score predicts drift', 'above', ('grid', 'toy', SAMPLERS, OTHERS),
           leak_predicts, 'rank correlation'),
     *(Claim(f'O3, {a} - {b}', f'the {a} score is above {b}', 'more', RUNGS, (a, b))
       for a in ('exact', 'centred') for b in ('vanilla', 'paper')),
@@ -344,9 +328,11 @@ def verdict_table(found: list, rungs: bool = True) -> str:
         lines.append(f"| {v['claim']} | {v['text']} | **{v['verdict']}**{share} | {evidence} |")
     return '\n'.join(lines)
 
-# %% ../nbs/36_verdicts.ipynb #a2d019d9
+# %% ../nbs/36_verdicts.ipynb #c7aed680
 SHORT_LOOKS = {'vanilla': ('#56B4E9', '^'), 'paper': ('#E69F00', 'v'), 'exact': ('#0072B2', 'D'),
                'centred': ('#009E73', 'P')}
+COLOURS = {'start': '#666666', 'explicit': '#000000', 'vanilla': '#56B4E9', 'paper': '#E69F00',
+           'released': '#A65E00', 'exact': '#0072B2', 'centred': '#009E73'}     # else a peer
 LOOKS = {'holds': ('#0072B2', 'o'), 'open': ('#888888', 's'), 'fails': ('#D55E00', 'X')}
 
 def plot_verdicts(found: list, title: str = ''):    # a matplotlib figure
@@ -364,13 +350,12 @@ def plot_verdicts(found: list, title: str = ''):    # a matplotlib figure
         ax.set_yticks([-y for y in range(len(rows))], names)
         ax.axvline(0, color='#444444', linewidth=1)
         ax.axvspan(-100 * MARGIN, 100 * MARGIN, color='#EEEEEE', zorder=0)
-        ax.set(xlabel='points, 95 % interval', title=title,
-               ylim=(-len(rows) + .3, .7))
+        ax.set(xlabel='points, 95 % interval', title=title, ylim=(-len(rows) + .3, .7))
         for name, (colour, mark) in LOOKS.items(): ax.plot([], [], mark, color=colour, label=name)
         ax.figure.legend(loc='outside lower center', ncols=3)
     return fig
 
-# %% ../nbs/36_verdicts.ipynb #b939add9
+# %% ../nbs/36_verdicts.ipynb #79ff30d7
 def means(rows: list, arm: str) -> dict:    # cell -> [seeds] noise-free Pass@1 at the last step
     "Every cell of an arm, in the order of the table"
     found = {}
@@ -379,21 +364,21 @@ def means(rows: list, arm: str) -> dict:    # cell -> [seeds] noise-free Pass@1 
     return found
 
 def plot_methods(rows: list, arm: str):    # a matplotlib figure
-    "Pass@1 of every cell of an arm: a dot per seed, a bar for the mean, the start as a line"
+    "Pass@1 of every cell of an arm: a dot per seed, a bar for the mean; starts are hollow"
     found = means(rows, arm)
-    start = found.pop('latent-start', None)
     names = sorted(found, key=lambda c: np.mean(found[c]))
+    colour = lambda c: next((k for name, k in COLOURS.items() if name in c), '#CC79A7')
     with style():
         import matplotlib.pyplot as plt
         fig, ax = plt.subplots(figsize=(7, .8 + .3 * len(names)))
         for y, name in enumerate(names):
             v = 100 * np.array(found[name])
-            ax.plot(v, np.full(len(v), y), 'o', color='#0072B2', alpha=.4, markersize=5)
-            ax.plot([v.mean()] * 2, [y - .3, y + .3], color='#0072B2')
-        if start: ax.axvline(100 * np.mean(start), color='#D55E00', linestyle='--',
-                             label='latent start')
+            ax.plot(v, np.full(len(v), y), 'o', color=colour(name), alpha=.5, markersize=5,
+                    fillstyle='none' if 'start' in name else 'full')
+            ax.plot([v.mean()] * 2, [y - .3, y + .3], color=colour(name), linewidth=2)
+        if 'latent-start' in found:
+            ax.axvline(100 * np.mean(found['latent-start']), color='#666666', linestyle='--')
         ax.set_yticks(range(len(names)), names)
-        ax.set(xlabel='noise-free Pass@1 on test problems (%), a dot per seed', title=arm,
-               xlim=(0, 103))
-        if start: ax.figure.legend(loc='outside lower center')
+        ax.set(xlabel='noise-free Pass@1 on test problems (%)', xlim=(0, 103),
+               title=f'{arm}: a dot per seed, a bar for their mean')
     return fig

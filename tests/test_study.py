@@ -11,9 +11,9 @@ from latent_grpo.evaluate import hierarchical_bootstrap, rank_correlation, seed_
 from latent_grpo.evidence import (figures, forecast, late_collapses, leak_table, leak_threshold, mapped, outcomes, regions)
 from latent_grpo.presets import make_config
 from latent_grpo.runs import provenance
-from latent_grpo.study import (RATES, SEARCH_SEEDS, SEEDS, STUDIES, Arm, Cell, arms, chosen_rates, grid_cells,
-                               read_table, report, study, write_table)
-from latent_grpo.verdicts import (CLAIMS, Claim, answers, at_seeds, collapsed, difference, if_moved, joined, judge,
+from latent_grpo.study import (RATES, SEARCH_SEEDS, SEEDS, STUDIES, Arm, Cell, answers, arms, chosen_rates, grid_cells,
+                               pick, read_table, report, study, write_table)
+from latent_grpo.verdicts import (CLAIMS, Claim, at_seeds, collapsed, difference, if_moved, joined, judge,
                                   leak_and_drift, leak_predicts, main_effect, overall, passes, verdict_table, verdicts,
                                   wider)
 
@@ -382,8 +382,8 @@ def test_a_threshold_of_the_leak_comes_from_the_grid_alone():
             *cell("b", .7, "1000", "top_k 2", "map", noise="one-sided"), *cell("d", .9, "1100", "top_k 2", "map")]
     assert leak_threshold(outcomes(rows, "grid", "grid")) == pytest.approx(.3)
     assert forecast(outcomes(rows, "map", "top_k 2"), .3) == dict(
-        cells=3, apart=1, lost=1, leak=pytest.approx(2 / 3), name=1., guess=pytest.approx(2 / 3), area=1., rest=None)
-    assert "| map: other samplers, labels, lengths | 3 of 4 | 1 | 67 % | 100 % | 67 % | 1.00 |  |" in leak_table(rows)
+        cells=3, apart=1, high=1, lost=1, leak=pytest.approx(2 / 3), name=1., guess=pytest.approx(2 / 3), area=1., rest=None)
+    assert "| map: other samplers, labels, lengths | 3 of 4 | 1 | 1 | 67 % | 100 % | 67 % | 1.00 |  |" in leak_table(rows)
     same = [r | dict(study="search") for r in rows if r["arm"] == "top_k 2"]      # an arm of the same name elsewhere
     assert leak_table(same + rows) == leak_table(rows) == leak_table(rows + same)
 
@@ -391,7 +391,7 @@ def test_a_threshold_of_the_leak_comes_from_the_grid_alone():
 def test_what_did_not_move_is_not_forecast():
     points = np.array([(.1, 0., -.1, 0), (.5, .2, -.1, 0), (.4, .2, .1, 0), (.9, .2, .01, 0)])
     assert forecast(points, .45)["apart"] == 2 and forecast(points, .45)["leak"] == 1
-    assert forecast(points[:1], .45) == dict(cells=0, apart=1)
+    assert forecast(points[:1], .45) == dict(cells=0, apart=1, high=0) and forecast(points, .45)["high"] == 1
     with pytest.raises(ValueError, match="leak_threshold: 0 different leak, needs two"): leak_threshold(points[:1])
 
 
@@ -418,9 +418,28 @@ def test_what_two_machines_differ_by_is_what_the_findings_say():
     assert len(every) == record["runs"] and np.mean(every) == pytest.approx(record["mean"], abs=.005)
     assert round(record["mean"], 1) == 2.5 and max(sizes["centred"]) < 2
     assert (round(max(sizes["vanilla"])), round(max(sizes["explicit"])), max(every)) == (16, 18, max(sizes["explicit"]))
+    starts = record["starts"]
+    assert max(map(abs, starts["latent-start"].values())) < 2.5 and starts["explicit-start"]["20"] == pytest.approx(-19, abs=.5)
+    assert {c: v for c, v in record["verdicts_changed"].items() if c.endswith("- vanilla")} == {
+        "O3, exact - vanilla": ["holds (best: holds)", "open (best: open)"],
+        "O3, centred - vanilla": ["open (best: holds)", "holds (best: holds)"]}
     findings = " ".join((ROOT / "docs/findings.md").read_text("utf-8").split())
     assert ("by 2.5 points on average: those of centred by less than two points, those of vanilla at its rate of 3e-4 by up to 16, "
-            "an explicit one by 18") in findings
+            "an explicit one by 18, because its start is 19 points lower") in findings
+    assert f"{len(record['verdicts_changed'])} of {record['claims']} rows come out differently" in findings
+
+
+def test_what_the_findings_say_of_explicit_starts_is_in_the_table():
+    from test_skeleton import ROOT
+    rows = read_table(ROOT / "docs/results/study.jsonl.gz")
+    starts = {s: answers(r).mean() for s, r in pick(rows, "toy", "explicit-start").items()}
+    assert {s for s, v in starts.items() if v < .9} == {20, 23, 25}
+    behind = {c: at_seeds((c, "explicit"))(rows, "toy")[0].high < 0 for c in
+              {r["cell"] for r in rows if r["arm"] == "toy" and r["method"] != "explicit" and "start" not in r["cell"]}}
+    assert [c for c, is_behind in behind.items() if not is_behind] == ["rloo"]
+    invalid = {(r["cell"], r["seed"]): r["scores"]["test"]["sampled"]["invalid"] for r in rows if r["study"] == "grid" and r["cell"].count(", ") == 4}
+    assert sum(v > 0 for v in invalid.values()) == 5 and {s for (_, s), v in invalid.items() if v} == {23}
+    assert max(answers(r).mean() for r in pick(rows, "pass@k", "explicit-start").values()) < .9
 
 
 def test_the_record_follows_from_the_table():
