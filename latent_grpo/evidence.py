@@ -5,16 +5,17 @@
 # %% auto #0
 __all__ = ['SWITCHES', 'INGREDIENTS', 'LOOKS_OF', 'switch_effects', 'plot_switches', 'plot_grid', 'outcomes', 'judged',
            'leak_threshold', 'area', 'forecast', 'plot_leak', 'leak_arms', 'leak_table', 'effect_word', 'mapped',
-           'regions', 'plot_regions', 'plot_map', 'plot_pass', 'validation', 'late_collapses', 'plot_long', 'figures']
+           'regions', 'plot_regions', 'plot_map', 'plot_pass', 'validation', 'late_collapses', 'plot_long', 'figures',
+           'plot_rungs']
 
-# %% ../nbs/37_evidence.ipynb #58116118
+# %% ../nbs/37_evidence.ipynb #4ea3d9c0
 import re
 import numpy as np
 from .compare import NAMES
 from .plots import plot_curves, style
 from .presets import make_config
 from .study import arms, grid_cells
-from .verdicts import (LOOKS, MARGIN, SAMPLERS, SHORT_LOOKS, answers, difference, drift,
+from .verdicts import (LOOKS, MARGIN, SAMPLERS, SHORT_LOOKS, TOYS, answers, difference, drift,
                                   main_effect, means, passing, pick, plot_methods,
                                   plot_verdicts, verdicts)
 
@@ -335,3 +336,26 @@ def figures(rows: list, study: str) -> dict:    # file name -> matplotlib figure
     if study == 'pass': more = dict(passes=plot_pass(mine))
     plain = lambda arm: re.sub('[^a-z0-9]+', '-', arm.lower()).strip('-')
     return {plain(a): plot_methods(mine, a) for a in dict.fromkeys(r['arm'] for r in mine)} | more
+
+# %% ../nbs/37_evidence.ipynb #decd2267
+def plot_rungs(rows: list, rungs: tuple = TOYS):    # a matplotlib figure
+    "Gain of every method over its own start, a panel per rung, with intervals"
+    some = [a for a in rungs if means(rows, a)]
+    with style():
+        import matplotlib.pyplot as plt
+        fig, axes = plt.subplots(1, len(some), figsize=(9, 3), sharey=True, squeeze=False)
+        for ax, arm in zip(axes[0], some):
+            for x, (cell, (colour, marker)) in enumerate(LOOKS_OF.items()):
+                start = 'explicit-start' if cell == 'explicit' else 'latent-start'
+                gain = difference(rows, arm, (cell, start))
+                if not gain: continue
+                mean, low, high = (100 * v for v in gain)
+                ax.plot([x, x], [low, high], color=colour, linewidth=2)
+                ax.plot(x, mean, marker, color=colour)
+            ax.axhline(0, color='#444444', linewidth=1)
+            names = [c for c in LOOKS_OF if 'no RL' not in c]
+            ax.set_xticks(range(len(names)), names, rotation=60)
+            start = 100 * np.mean(means(rows, arm)['latent-start'])
+            ax.set_title(f'{arm}\nlatent start {start:.0f} %')
+        axes[0, 0].set_ylabel('gain over own start (points)')
+    return fig
