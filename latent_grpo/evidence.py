@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SWITCHES', 'INGREDIENTS', 'LOOKS_OF', 'switch_effects', 'plot_switches', 'plot_grid', 'outcomes', 'judged',
            'leak_threshold', 'area', 'forecast', 'plot_leak', 'leak_arms', 'leak_table', 'effect_word', 'mapped',
-           'regions', 'plot_regions', 'plot_map', 'plot_pass', 'validation', 'late_collapses', 'plot_long', 'figures',
-           'plot_rungs']
+           'regions', 'region_table', 'plot_regions', 'plot_map', 'plot_pass', 'validation', 'late_collapses',
+           'plot_long', 'figures', 'plot_rungs']
 
 # %% ../nbs/37_evidence.ipynb #4ea3d9c0
 import re
@@ -186,7 +186,7 @@ def leak_table(rows: list) -> str:    # markdown
             percent(f[k]) for k in ('leak', 'name', 'guess')), *areas]) + ' |')
     return '\n'.join(lines)
 
-# %% ../nbs/37_evidence.ipynb #1399439f
+# %% ../nbs/37_evidence.ipynb #fe81be44
 INGREDIENTS = 'one-sided', 'first-token', 'masked', 'paper', 'exact', 'centred'
 
 def effect_word(interval) -> str:
@@ -213,6 +213,17 @@ def regions(rows: list) -> dict:    # (arm, ingredient) -> `Interval` of its dif
     found = {(a, c): difference(rows, a, (c, 'vanilla'))
              for a in ('base', *(a.name for a in arms('map'))) for c in INGREDIENTS}
     return {k: v for k, v in found.items() if v}
+
+def region_table(rows: list) -> str:    # markdown
+    "Where an ingredient helps, harms, or does nothing, compared with vanilla at the same setting"
+    found, lines = regions(rows), ['| | helps | harms | nothing | unclear |', '|' + '---|' * 4 + '---:|']
+    for c in INGREDIENTS:
+        words = {a: effect_word(x) for (a, name), x in found.items() if name == c}
+        at = lambda word: ', '.join(a for a in words if words[a] == word) or 'nowhere'
+        unclear = list(words.values()).count('unclear')
+        cells = [f'`{c}`', *map(at, ('helps', 'harms', 'nothing')), f'{unclear} of {len(words)}']
+        lines.append('| ' + ' | '.join(cells) + ' |')
+    return '\n'.join(lines)
 
 # %% ../nbs/37_evidence.ipynb #64c729d5
 def plot_regions(rows: list):    # a matplotlib figure

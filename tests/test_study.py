@@ -8,7 +8,8 @@ import pytest
 
 from latent_grpo import study as package
 from latent_grpo.evaluate import hierarchical_bootstrap, rank_correlation, seed_interval
-from latent_grpo.evidence import (figures, forecast, late_collapses, leak_table, leak_threshold, mapped, outcomes, regions)
+from latent_grpo.evidence import (effect_word, figures, forecast, late_collapses, leak_table, leak_threshold, mapped, outcomes,
+                                  region_table, regions)
 from latent_grpo.presets import make_config
 from latent_grpo.runs import provenance
 from latent_grpo.study import (RATES, SEARCH_SEEDS, SEEDS, STUDIES, Arm, Cell, answers, arms, chosen_rates, grid_cells,
@@ -368,6 +369,11 @@ def test_the_map_compares_with_vanilla_at_the_same_setting():
     assert len(base) == len(middle) and set(regions(middle)) == {("base", "exact")}
     assert found["kl_coef 0.1", "one-sided"].mean == pytest.approx((place["one-sided"] - place["vanilla"]) / 40)
     assert {a for a, c in found if c == "masked"} == {"max_steps 16", "max_steps 20"}
+    words = {(a, c): effect_word(x) for (a, c), x in found.items() if c == "masked"}
+    line = next(x for x in region_table(rows).splitlines() if x.startswith("| `masked` |"))
+    for word, cell in zip(("helps", "harms", "nothing"), line.split(" | ")[1:]):
+        assert cell == (", ".join(a for a, _ in words if words[a, "masked"] == word) or "nowhere")
+    assert line.endswith(f"| {list(words.values()).count('unclear')} of 2 |")
 
 
 def test_a_threshold_of_the_leak_comes_from_the_grid_alone():
