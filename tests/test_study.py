@@ -448,6 +448,25 @@ def test_what_the_findings_say_of_explicit_starts_is_in_the_table():
     assert max(answers(r).mean() for r in pick(rows, "pass@k", "explicit-start").values()) < .9
 
 
+def test_what_the_front_page_says_in_short_is_in_the_table():
+    from test_skeleton import ROOT
+    rows = read_table(ROOT / "docs/results/study.jsonl.gz")
+    gain = lambda arm, cell: difference(rows, arm, (cell, "latent-start"))
+    above = lambda arm, cell: difference(rows, arm, (cell, "vanilla")).low > 0
+    assert gain("toy", "vanilla").low > 0 and all(gain(a, "vanilla").low < 0 for a in ("peaked", "modulus 13", "modulus 13, peaked"))
+    assert min(answers(r).mean() for r in pick(rows, "peaked", "vanilla").values()) < .01
+    assert all(gain(a, "paper").low < 0 for a in ("toy", "peaked", "modulus 13", "modulus 13, peaked"))
+    for cell in ("exact", "centred"):
+        assert min(gain(a, cell).mean for a in ("toy", "peaked")) > .25 and gain("modulus 13, peaked", cell).low < 0
+        assert above("toy", cell) and above("modulus 13", cell) and not above("peaked", cell)
+    assert gain("modulus 13", "centred").low > 0 and round(100 * gain("modulus 13", "centred").mean) == 8
+    ahead = {c: at_seeds((c, "explicit"))(rows, "toy")[0] for c in ("vanilla", "paper", "exact", "centred")}
+    assert all(x.high < 0 for x in ahead.values())
+    grid = {a: difference(rows, "grid", (f"{a}, none, {m}, off", "published, two-sided, none, off, off"))
+            for a, m in (("exact, two-sided", "off"), ("centred, one-sided", "off"))}
+    assert all(x.low < 0 < x.high for x in grid.values())
+
+
 def test_the_record_follows_from_the_table():
     import importlib.util
     from test_skeleton import ROOT
