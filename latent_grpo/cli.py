@@ -336,7 +336,7 @@ def _study(args):
     print(report(args.name, table))
     if args.report:
         from latent_grpo.plots import save_figure
-        from latent_grpo.evidence import figures
+        from latent_grpo.regions import figures
         folder = Path(args.out)/'figures'
         for name, figure in figures(read_table(table), args.name).items():
             save_figure(figure, folder/name)

@@ -256,7 +256,7 @@ PARTS = {'I  latent reasoning': 'tasks grading model latent sampling rollout sft
                                   'cli'.split(),
          'V  at scale': 'data labels distributed benchmarks wordproblems gsm8k_1b dapo_7b '
                    'cost'.split(),
-         'VI  verdicts': 'peers study verdicts evidence'.split()}
+         'VI  verdicts': 'peers study verdicts evidence regions'.split()}
 
 def roadmap(here: str, # name of a lesson, without its number
            ):          # a matplotlib figure

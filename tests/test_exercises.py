@@ -51,7 +51,8 @@ WRONG = {
     "28_distributed": ["lambda s, n: (4 + 12 * s + 4) / n", "lambda a, b: (sum(a + b), sum(a) + sum(b))"],
     "30_wordproblems": ["lambda n: (len(str(n)), len(str(n)))", "lambda h: 2 * h * (1 - h)", "(1., 5.)"],
     "34_peers": ["[.4, .4, .4, -.6, -.6]", "lambda logp, K: logp", "lambda K, C, sigma: K / sigma**2"],
-    "37_evidence": ["(0, 10)", "11", "lambda points, limit: forecast(points, .5)['area']"],
+    "37_evidence": ["(0, 10)", "lambda points, limit: forecast(points, .5)['area']"],
+    "38_regions": ["11", "lambda m, share: m", "lambda rows, arm, cell: 0."],
     "24_explore": [".9", "('11000000', '11000000')", "lambda own: own / 2"],
 }
 

@@ -8,9 +8,9 @@ import pytest
 
 from latent_grpo import study as package
 from latent_grpo.evaluate import hierarchical_bootstrap, rank_correlation, seed_interval
-from latent_grpo.evidence import (effect_word, figures, forecast, late_collapses, leak_table, leak_threshold, mapped, outcomes,
-                                  region_table, regions)
+from latent_grpo.evidence import forecast, leak_table, leak_threshold, outcomes
 from latent_grpo.presets import make_config
+from latent_grpo.regions import effect_word, figures, late_collapses, mapped, region_table, regions
 from latent_grpo.runs import provenance
 from latent_grpo.study import (RATES, SEARCH_SEEDS, SEEDS, STUDIES, Arm, Cell, answers, arms, chosen_rates, grid_cells,
                                pick, read_table, report, study, write_table)
