@@ -14,8 +14,8 @@ from latent_grpo.regions import effect_word, figures, late_collapses, mapped, re
 from latent_grpo.runs import provenance
 from latent_grpo.study import (RATES, SEARCH_SEEDS, SEEDS, STUDIES, Arm, Cell, answers, arms, chosen_rates, grid_cells,
                                pick, read_table, report, study, write_table)
-from latent_grpo.verdicts import (CLAIMS, Claim, at_seeds, collapsed, difference, if_moved, joined, judge,
-                                  leak_and_drift, leak_predicts, main_effect, overall, passes, verdict_table, verdicts,
+from latent_grpo.verdicts import (CLAIMS, Claim, at_seeds, collapsed, difference, if_cut, if_moved, joined,
+                                  judge, leak_and_drift, leak_predicts, main_effect, overall, passes, verdict_table, verdicts,
                                   wider)
 
 
@@ -268,6 +268,25 @@ def test_where_nothing_moves_nothing_is_judged():
     rows[-1]["scores"]["test"]["sampled"]["kl"] = .1
     effect, seeds = if_moved(("paper", "latent-start"))(rows, "toy")
     assert effect.mean == -.25 and seeds == 3
+
+
+def test_a_limit_that_cuts_nothing_decides_nothing():
+    rows = [run(c, s, r) for s in (1, 2, 3) for c, r in (("vanilla", "1100"), ("masked", "1000"))]
+    assert if_cut(("masked", "vanilla"))(rows, "toy") is None
+    rows[0]["scores"]["test"]["sampled"]["invalid"] = .1
+    effect, seeds = if_cut(("masked", "vanilla"))(rows, "toy")
+    assert effect.mean == -.25 and seeds == 3
+
+
+def test_lost_pairs_and_seeds_without_any_value_have_no_main_effect():
+    cell = "published, {}, none, off, off".format
+    made = lambda values, right: [run(cell(n), s, right[n], "grid", x=values[n]) for n in values for s in (1, 2, 3)]
+    start = [run("latent-start", s, "1111", "grid") for s in (1, 2, 3)]
+    effect = lambda rows: main_effect(1, "one-sided", "two-sided", lambda r: r.get("x"))(rows, "grid")
+    one = {"one-sided": 1., "two-sided": 0.}
+    assert effect(start + made(one, {"one-sided": "0000", "two-sided": "1110"}))[0].mean == 1
+    assert effect(start + made(one, {"one-sided": "0000", "two-sided": "1000"})) is None          # both lost
+    assert effect(start + made({"one-sided": 0., "two-sided": 0.}, {"one-sided": "1110", "two-sided": "1110"})) is None
 
 
 def test_word_problems_are_one_rung():
