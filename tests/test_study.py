@@ -472,7 +472,7 @@ def test_what_the_front_page_says_in_short_is_in_the_table():
     rows = read_table(ROOT / "docs/results/study.jsonl.gz")
     gain = lambda arm, cell: difference(rows, arm, (cell, "latent-start"))
     above = lambda arm, cell: difference(rows, arm, (cell, "vanilla")).low > 0
-    assert gain("toy", "vanilla").low > 0 and all(gain(a, "vanilla").low < 0 for a in ("peaked", "modulus 13", "modulus 13, peaked"))
+    assert round(100 * gain("toy", "vanilla").mean) == 21 and gain("toy", "vanilla").low > 0 and all(gain(a, "vanilla").low < 0 for a in ("peaked", "modulus 13", "modulus 13, peaked"))
     assert min(answers(r).mean() for r in pick(rows, "peaked", "vanilla").values()) < .01
     assert all(gain(a, "paper").low < 0 for a in ("toy", "peaked", "modulus 13", "modulus 13, peaked"))
     for cell in ("exact", "centred"):
@@ -484,6 +484,12 @@ def test_what_the_front_page_says_in_short_is_in_the_table():
     grid = {a: difference(rows, "grid", (f"{a}, none, {m}, off", "published, two-sided, none, off, off"))
             for a, m in (("exact, two-sided", "off"), ("centred, one-sided", "off"))}
     assert all(x.low < 0 < x.high for x in grid.values())
+    rows, words = mapped(rows), {k: effect_word(v) for k, v in regions(rows).items() if k[0] == "base" or k[0].startswith("lr ")}
+    assert len({arm for arm, _ in words}) == 6 and not [k for k, w in words.items() if k[1] in ("one-sided", "paper") and w == "helps"]
+    assert all(words[a, "one-sided"] == "harms" for a in ("lr 1e-05", "lr 3e-05", "base", "lr 0.0003")) and words["lr 1e-06", "one-sided"] == "nothing"
+    assert max(answers(r).mean() for r in pick(rows, "lr 0.001", "vanilla").values()) < .2
+    exact = difference(rows, "lr 0.001", ("exact", "latent-start"))
+    assert exact.low > 0 and round(100 * exact.mean) == 20
 
 
 def test_the_record_follows_from_the_table():
