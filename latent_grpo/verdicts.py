@@ -336,11 +336,11 @@ def verdict_table(found: list, rungs: bool = True) -> str:
         lines.append(f"| {v['claim']} | {v['text']} | **{v['verdict']}**{share} | {evidence} |")
     return '\n'.join(lines)
 
-# %% ../nbs/36_verdicts.ipynb #c7aed680
+# %% ../nbs/36_verdicts.ipynb #3e07f773
 SHORT_LOOKS = {'vanilla': ('#56B4E9', '^'), 'paper': ('#E69F00', 'v'), 'exact': ('#0072B2', 'D'),
                'centred': ('#009E73', 'P')}
-COLOURS = {'start': '#666666', 'explicit': '#000000', 'vanilla': '#56B4E9', 'paper': '#E69F00',
-           'released': '#A65E00', 'exact': '#0072B2', 'centred': '#009E73'}     # else a peer
+COLOURS = {'start': '#666666', 'explicit': '#000000', 'released': '#A65E00',     # else a peer
+           **{cell: colour for cell, (colour, _) in SHORT_LOOKS.items()}}
 LOOKS = {'holds': ('#0072B2', 'o'), 'open': ('#888888', 's'), 'fails': ('#D55E00', 'X')}
 
 def plot_verdicts(found: list, title: str = ''):    # a matplotlib figure
