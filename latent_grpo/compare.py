@@ -23,7 +23,7 @@ from .sampling import Sampling
 from .train import load_policy, prepare, run, same_run, score_policy
 from .vanilla import Update
 
-# %% ../nbs/22_compare.ipynb #cfe6b147
+# %% ../nbs/22_compare.ipynb #a2c52bb2
 NAMES = {'explicit-start': 'explicit SFT', 'latent-start': 'initialisation',
          'explicit': 'explicit GRPO', 'vanilla': 'vanilla latent GRPO',
          'masked': 'masking alone', 'one-sided': 'one-sided noise alone',
@@ -33,7 +33,7 @@ NAMES = {'explicit-start': 'explicit SFT', 'latent-start': 'initialisation',
          'concrete': 'top-K Concrete score', 'soft-grpo': "SofT-GRPO's sampler",
          'multiplex': 'multiplex mixtures',
          'dr-grpo': 'Dr. GRPO advantages', 'rloo': 'RLOO advantages'}
-CURVES = ('reward', 'invalid', 'support', 'validation', 'kl')    # kept of every step's log
+CURVES = 'reward', 'invalid', 'support', 'clipped', 'validation', 'kl'    # kept of every step's log
 
 # %% ../nbs/22_compare.ipynb #7b00daba
 def _finished(out: Path, cfg: Config, free: set = frozenset()):

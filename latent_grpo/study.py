@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SEARCH_SEEDS', 'SEEDS', 'RATES', 'MAIN', 'PEERS', 'LESS', 'STARTS', 'SHORT', 'ALONE', 'TOYS', 'AXES', 'SMALL',
-           'STUDIES', 'Cell', 'Arm', 'grid_cells', 'arms', 'measure', 'run_row', 'read_table', 'write_table',
+           'CLIPS', 'STUDIES', 'Cell', 'Arm', 'grid_cells', 'arms', 'measure', 'run_row', 'read_table', 'write_table',
            'committed_rows', 'pick', 'shared', 'answers', 'chosen_rates', 'split_mean', 'best_mean', 'study', 'report']
 
 # %% ../nbs/35_study.ipynb #d2a71aa3
@@ -75,16 +75,17 @@ def grid_cells() -> tuple:
         out.append(Cell(name, 'vanilla', settings | own.get(score, {})))
     return tuple(out)
 
-# %% ../nbs/35_study.ipynb #57d2137f
+# %% ../nbs/35_study.ipynb #96350b05
 AXES = dict(lr=(1e-6, 1e-5, 3e-5, 3e-4, 1e-3), noise_scale=(.25, 1.), top_k=(2, 6), top_p=(.8,),
-            sharpness=(2., 4.), rate=(2, 8), epochs=(3,), kl_coef=(.01, .1), max_steps=(16, 20),
+            sharpness=(2., 4.), rate=(2, 8), epochs=(3,), kl_coef=(.01, .1), max_steps=(14, 16, 20),
             group_size=(4, 16))
 
 def _map():
-    "Methods and single ingredients along every axis; masking where something can be cut off"
+    "Methods and single ingredients along every axis; the limit that cuts holds in training only"
     cells = lambda axis: SHORT + ALONE + (Cell('masked', 'masked'),) * (axis == 'max_steps')
     points = [(k, v) for k, values in AXES.items() for v in values]
-    return [Arm(f'{k} {v:g}', cells(k), SEEDS[:4], {k: v}) for k, v in points]
+    whole = lambda k, v: dict(eval_max_steps=56) if (k, v) == ('max_steps', 14) else {}
+    return [Arm(f'{k} {v:g}', cells(k), SEEDS[:4], {k: v} | whole(k, v)) for k, v in points]
 
 def _tuned(cells, rates):
     "Cells at the learning rates that the search chose; the preset's where none was searched"
@@ -104,10 +105,12 @@ def _ladder(rates):
     return [Arm('from explicit', short, SEEDS[:5], dict(explicit_first=True)),
             *(Arm(name, cells, SEEDS[:5], TOYS[name]) for name in list(TOYS)[1:])]
 
-# %% ../nbs/35_study.ipynb #1b863318
+# %% ../nbs/35_study.ipynb #7475b1b9
 SMALL = dict(width=256, layers=4, heads=4, ff=704, vocab_size=4000, compute='float32',
              explicit_sft=3000, latent_sft=3000, sft_lr=1e-3, max_extra=0, lr=1e-4, steps=40,
              eval_every=0, save_every=0)     # what minutes of one GPU can do, not the preset's size
+CLIPS = {'PPO clip 0.02': dict(clip_eps=.02), 'PPO clip 0.2': dict(clip_eps=.2),
+         'PPO clip off': dict(clip_eps=1e6, dual_clip=1e6)}     # of the ratio, both sides
 
 STUDIES = { # name -> learning rates of the search -> arms
     'search': lambda rates: [Arm(f'lr {x:g}', MAIN + PEERS, SEARCH_SEEDS, dict(lr=x))
@@ -116,6 +119,8 @@ STUDIES = { # name -> learning rates of the search -> arms
     'ladder': _ladder,
     'grid': lambda rates: [Arm('grid', grid_cells(), SEEDS[:4])],
     'map': lambda rates: _map(),
+    'ppo-clip': lambda rates: [Arm(name, tuple(c for c in SHORT if c.name != 'paper'), SEEDS,
+                                   dict(lr=1e-3) | how) for name, how in CLIPS.items()],
     'long': lambda rates: [Arm('long', tuple(c for c in SHORT if c.name != 'paper'), SEEDS[:5],
                                dict(steps=600, eval_every=60)),
                            Arm('long, small rate', SHORT, SEEDS[:5],
