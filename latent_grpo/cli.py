@@ -319,7 +319,7 @@ def _compare(args):
     figure = '' if runs.get('vary') else f'figure: {args.out}/figure.png   '
     print(f'\n{figure}numbers: {args.out}/results.json')
 
-# %% ../nbs/25_cli.ipynb #eaf88baf
+# %% ../nbs/25_cli.ipynb #52e0de4d
 def _data(args):
     from latent_grpo.data import counts, survey
     from latent_grpo.runs import provenance
@@ -336,7 +336,7 @@ def _study(args):
     print(report(args.name, table))
     if args.report:
         from latent_grpo.plots import save_figure
-        from latent_grpo.regions import figures
+        from latent_grpo.stability import figures
         folder = Path(args.out)/'figures'
         for name, figure in figures(read_table(table), args.name).items():
             save_figure(figure, folder/name)

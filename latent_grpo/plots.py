@@ -247,7 +247,7 @@ def curve(record: dict,  # from `results`
     pick = lambda values: [values[i] for i in at]
     return np.array(pick(runs[0]['step'])), np.array([pick(r[column]) for r in runs], dtype=float)
 
-# %% ../nbs/21_plots.ipynb #a0c37107
+# %% ../nbs/21_plots.ipynb #c2208e3c
 PARTS = {'I  latent reasoning': 'tasks grading model latent sampling rollout sft'.split(),
          'II  reinforcement learning': 'grpo vanilla'.split(),
          'III  failures and fixes': 'manifold misalignment closure masking noise selection '
@@ -256,7 +256,7 @@ PARTS = {'I  latent reasoning': 'tasks grading model latent sampling rollout sft
                                   'cli'.split(),
          'V  at scale': 'data labels distributed benchmarks wordproblems gsm8k_1b dapo_7b '
                    'cost'.split(),
-         'VI  verdicts': 'peers study verdicts evidence regions'.split()}
+         'VI  verdicts': 'peers study verdicts evidence regions stability'.split()}
 
 def roadmap(here: str, # name of a lesson, without its number
            ):          # a matplotlib figure

@@ -52,7 +52,8 @@ WRONG = {
     "30_wordproblems": ["lambda n: (len(str(n)), len(str(n)))", "lambda h: 2 * h * (1 - h)", "(1., 5.)"],
     "34_peers": ["[.4, .4, .4, -.6, -.6]", "lambda logp, K: logp", "lambda K, C, sigma: K / sigma**2"],
     "37_evidence": ["(0, 10)", "lambda points, limit: forecast(points, .5)['area']"],
-    "38_regions": ["11", "lambda m, share: m", "lambda rows, arm, cell: 0."],
+    "38_regions": ["11", "lambda words: (words[0], words.count(words[0]))"],
+    "39_stability": ["lambda m, share: m", "lambda rows, arm, cell: 0."],
     "24_explore": [".9", "('11000000', '11000000')", "lambda own: own / 2"],
 }
 

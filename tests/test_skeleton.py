@@ -38,8 +38,8 @@ ALLOWED = {
     "plots": set(),
     "compare": {"data", "evaluate", "plots", "presets", "runs", "sampling", "train", "vanilla"},
     "explore": {"diagnostics", "evaluate", "masking", "noise", "plots", "sampling"},
-    "cli": {"benchmarks", "compare", "cost", "data", "distributed", "labels", "plots", "presets", "regions", "runs", "study",
-            "train"},
+    "cli": {"benchmarks", "compare", "cost", "data", "distributed", "labels", "plots", "presets", "runs", "stability",
+            "study", "train"},
     "data": {"grading", "tasks"},
     "labels": {"latent", "presets", "runs", "sft", "train"},
     "benchmarks": {"data", "evaluate", "presets", "runs", "sampling", "train"},
@@ -50,7 +50,8 @@ ALLOWED = {
     "study": {"benchmarks", "compare", "plots", "presets", "train"},
     "verdicts": {"evaluate", "plots", "sampling", "study"},
     "evidence": {"plots", "presets", "study", "verdicts"},
-    "regions": {"compare", "evidence", "plots", "presets", "study", "verdicts"},
+    "regions": {"plots", "presets", "study", "verdicts"},
+    "stability": {"compare", "evidence", "plots", "regions", "study", "verdicts"},
 }
 
 # Edges to a later notebook: the import stands inside a function. (importer, imported): why
@@ -58,7 +59,7 @@ LATE = {("cli", "benchmarks"): "the command line is older than the benchmarks th
         ("cli", "labels"): "and than the labels that it has written",
         ("cli", "cost"): "than the bench that it starts",
         ("cli", "study"): "and than the study that it runs",
-        ("cli", "regions"): "and than the figures that it draws of it",
+        ("cli", "stability"): "and than the figures that it draws of it",
         ("presets", "wordproblems"): "real word problems are one of the tasks that it builds",
         ("sampling", "peers"): "two scores of other papers are drawn and scored by the same functions"}
 LATE |= {("train", "distributed"): "the loop of one process is older than several",

@@ -10,8 +10,9 @@ from latent_grpo import study as package
 from latent_grpo.evaluate import hierarchical_bootstrap, rank_correlation, seed_interval
 from latent_grpo.evidence import forecast, leak_table, leak_threshold, outcomes
 from latent_grpo.presets import make_config
-from latent_grpo.regions import effect_word, figures, late_collapses, mapped, region_table, regions
+from latent_grpo.regions import effect_word, mapped, region_table, regions
 from latent_grpo.runs import provenance
+from latent_grpo.stability import clipped, figures, late_collapses
 from latent_grpo.study import (RATES, SEARCH_SEEDS, SEEDS, STUDIES, Arm, Cell, answers, arms, chosen_rates, grid_cells,
                                pick, read_table, report, study, write_table)
 from latent_grpo.verdicts import (CLAIMS, Claim, at_seeds, collapsed, difference, if_cut, if_moved, joined,
@@ -272,8 +273,9 @@ def test_where_nothing_moves_nothing_is_judged():
 
 def test_a_limit_that_cuts_nothing_decides_nothing():
     rows = [run(c, s, r) for s in (1, 2, 3) for c, r in (("vanilla", "1100"), ("masked", "1000"))]
+    for r in rows: r["curve"] = dict(invalid=[0., 0.])
     assert if_cut(("masked", "vanilla"))(rows, "toy") is None
-    rows[0]["scores"]["test"]["sampled"]["invalid"] = .1
+    rows[0]["curve"]["invalid"] = [0., .2]                     # in training; the test has a limit of its own
     effect, seeds = if_cut(("masked", "vanilla"))(rows, "toy")
     assert effect.mean == -.25 and seeds == 3
 
@@ -360,7 +362,7 @@ def made(study_name):
             for i, cell in enumerate(arm.cells):
                 right = "1" * (i + seed % 3) + "0" * (40 - i - seed % 3)
                 rows.append(run(cell.name, seed, right, arm.name, study_name, at_start=dict(leak=(i + 1) / 100), preset=arm.preset,
-                                method=cell.method, settings=arm.settings | cell.settings, curve=dict(step=[1, 2, 3], validation=[None, .5, i / 40]),
+                                method=cell.method, settings=arm.settings | cell.settings, curve=dict(step=[1, 2, 3], validation=[None, .5, i / 40], clipped=[.1, .2, .3]),
                                 pass_at={n: "64 1 0" for n in ("0.0", "0.5", "1.0")}))
     return rows
 
@@ -387,12 +389,17 @@ def test_the_map_compares_with_vanilla_at_the_same_setting():
     assert {(r["study"], r["arm"], r["cell"]) for r in base} == {("map", "base", "vanilla"), ("map", "base", "exact")}
     assert len(base) == len(middle) and set(regions(middle)) == {("base", "exact")}
     assert found["kl_coef 0.1", "one-sided"].mean == pytest.approx((place["one-sided"] - place["vanilla"]) / 40)
-    assert {a for a, c in found if c == "masked"} == {"max_steps 16", "max_steps 20"}
+    assert {a for a, c in found if c == "masked"} == {"max_steps 14", "max_steps 16", "max_steps 20"}
     words = {(a, c): effect_word(x) for (a, c), x in found.items() if c == "masked"}
     line = next(x for x in region_table(rows).splitlines() if x.startswith("| `masked` |"))
     for word, cell in zip(("helps", "harms", "nothing"), line.split(" | ")[1:]):
         assert cell == (", ".join(a for a, _ in words if words[a, "masked"] == word) or "nowhere")
-    assert line.endswith(f"| {list(words.values()).count('unclear')} of 2 |")
+    assert line.endswith(f"| {list(words.values()).count('unclear')} of 3 |")
+
+
+def test_the_share_of_clipped_ratios_is_a_mean_over_runs():
+    rows = [run("exact", s, "1", "PPO clip 0.2", "ppo-clip", curve=dict(clipped=[s / 10, 0.])) for s in (1, 3)]
+    assert clipped(rows, "PPO clip 0.2", "exact").tolist() == pytest.approx([.2, 0.])
 
 
 def test_a_threshold_of_the_leak_comes_from_the_grid_alone():
