@@ -272,8 +272,9 @@ OF_THE_PAPER += (
           ('paper, no Latent-SFT', 'latent-start, latent_sft 0')),
 )
 
-# %% ../nbs/36_verdicts.ipynb #9959128e
-_PUSHED = {'PPO clip off': 'no PPO clip, 1e-3', 'K = 6, fresh seeds': 'K = 6', 'K = 10': 'K = 10'}
+# %% ../nbs/36_verdicts.ipynb #f7bfd40c
+_PUSHED = {'PPO clip 0.02': 'PPO clip 0.02, 1e-3', 'PPO clip off': 'no PPO clip, 1e-3',
+           'K = 6, fresh seeds': 'K = 6', 'K = 10': 'K = 10'}
 OURS = (
     Claim('O1', 'the released estimator shrinks, it turns no sign', 'above', ('one component',),
           released_direction, 'gradient'),
