@@ -107,7 +107,7 @@ def _ladder(rates):
     return [Arm('from explicit', short, SEEDS[:5], dict(explicit_first=True)),
             *(Arm(name, cells, SEEDS[:5], TOYS[name]) for name in list(TOYS)[1:])]
 
-# %% ../nbs/35_study.ipynb #790ba4f7
+# %% ../nbs/35_study.ipynb #a74e73f4
 SMALL = dict(width=256, layers=4, heads=4, ff=704, vocab_size=4000, compute='float32',
              explicit_sft=3000, latent_sft=3000, sft_lr=1e-3, max_extra=0, lr=1e-4, steps=40,
              eval_every=0, save_every=0)     # what minutes of one GPU can do, not the preset's size
@@ -124,7 +124,8 @@ STUDIES = { # name -> learning rates of the search -> arms
     'ppo-clip': lambda rates: [Arm(name, THREE, SEEDS, dict(lr=1e-3) | how)
                                for name, how in CLIPS.items()],
     'components': lambda rates: [Arm('K = 6, fresh seeds', THREE, SEEDS[4:], dict(top_k=6)),
-                                 Arm('K = 10', THREE, SEEDS, dict(top_k=10))],
+                                 Arm('K = 10', THREE, SEEDS, dict(top_k=10)),
+                                 Arm('K = 10, lr 3e-05', SHORT, SEEDS, dict(top_k=10, lr=3e-5))],
     'long': lambda rates: [Arm('long', THREE, SEEDS[:5], dict(steps=600, eval_every=60)),
                            Arm('long, small rate', SHORT, SEEDS[:5],
                                dict(steps=600, eval_every=60, lr=1e-5))],
