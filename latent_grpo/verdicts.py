@@ -272,9 +272,10 @@ OF_THE_PAPER += (
           ('paper, no Latent-SFT', 'latent-start, latent_sft 0')),
 )
 
-# %% ../nbs/36_verdicts.ipynb #f7bfd40c
+# %% ../nbs/36_verdicts.ipynb #1987f0b8
 _PUSHED = {'PPO clip 0.02': 'PPO clip 0.02, 1e-3', 'PPO clip off': 'no PPO clip, 1e-3',
-           'K = 6, fresh seeds': 'K = 6', 'K = 10': 'K = 10'}
+           'K = 6, fresh seeds': 'K = 6', 'K = 10': 'K = 10',
+           'K = 10, lr 3e-05': 'K = 10, 3e-5'}
 OURS = (
     Claim('O1', 'the released estimator shrinks, it turns no sign', 'above', ('one component',),
           released_direction, 'gradient'),

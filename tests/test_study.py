@@ -494,9 +494,15 @@ def test_what_the_front_page_says_in_short_is_in_the_table():
     rows, words = mapped(rows), {k: effect_word(v) for k, v in regions(rows).items() if k[0] == "base" or k[0].startswith("lr ")}
     assert len({arm for arm, _ in words}) == 6 and not [k for k, w in words.items() if k[1] in ("one-sided", "paper") and w == "helps"]
     assert all(words[a, "one-sided"] == "harms" for a in ("lr 1e-05", "lr 3e-05", "base", "lr 0.0003")) and words["lr 1e-06", "one-sided"] == "nothing"
-    assert max(answers(r).mean() for r in pick(rows, "lr 0.001", "vanilla").values()) < .2
-    exact = difference(rows, "lr 0.001", ("exact", "latent-start"))
-    assert exact.low > 0 and round(100 * exact.mean) == 20
+    rows = read_table(ROOT / "docs/results/study.jsonl.gz")
+    more = lambda arm, cell: difference(rows, arm, (cell, "vanilla"))
+    whole = lambda x: round(100 * x.mean)
+    assert [whole(gain("K = 10", c)) for c in ("exact", "centred")] == [18, 19] and [whole(more("K = 10", c)) for c in ("exact", "centred")] == [17, 18]
+    assert min(more("K = 10", c).low for c in ("exact", "centred")) > 0 > gain("K = 10", "vanilla").low and len(pick(rows, "K = 10", "vanilla")) == 8
+    assert max(answers(r).mean() for r in pick(rows, "PPO clip 0.2", "vanilla").values()) < .2
+    assert max(answers(r).mean() for r in pick(rows, "PPO clip off", "exact").values()) < .25
+    assert gain("PPO clip 0.2", "exact").low > 0 and whole(gain("PPO clip 0.2", "exact")) == 16
+    assert min(more("PPO clip 0.02", c).low for c in ("exact", "centred")) > 0 > gain("PPO clip 0.02", "vanilla").low
 
 
 def test_the_record_follows_from_the_table():
