@@ -67,8 +67,9 @@ def plot_clip(rows: list):    # a matplotlib figure
         fig.legend(*left.get_legend_handles_labels(), loc='outside lower center', ncols=3)
     return fig
 
-# %% ../nbs/39_stability.ipynb #fdff33af
-WORDS = {'top_k 2': '2', 'base': '4', 'top_k 6': '6', 'K = 6, fresh seeds': '6, fresh', 'K = 10': '10'}
+# %% ../nbs/39_stability.ipynb #1b28ca2b
+WORDS = {'top_k 2': '2', 'base': '4', 'top_k 6': '6', 'K = 6, fresh seeds': '6, fresh',
+         'K = 10': '10', 'K = 10, lr 3e-05': '10, 3e-5'}
 
 def plot_components(rows: list):    # a matplotlib figure
     "Leak of the start, and gain over it, in mixtures of more and more words"
