@@ -6,14 +6,14 @@
 __all__ = ['WORDS', 'validation', 'late_collapses', 'clipped', 'plot_clip', 'plot_components', 'plot_long', 'plot_pass',
            'figures']
 
-# %% ../nbs/39_stability.ipynb #ec50d130
+# %% ../nbs/39_stability.ipynb #6a55a052
 import re
 import numpy as np
 from .compare import NAMES
 from .evidence import judged, outcomes, plot_grid, plot_leak, plot_switches
 from .plots import plot_curves, style
 from .regions import LOOKS_OF, mapped, plot_map, plot_regions, regions
-from .study import THREE, answers, arms, pick, shared
+from .study import CLIPS, THREE, answers, arms, pick, shared
 from .verdicts import (SHORT_LOOKS, difference, means, passing, plot_methods,
                                   plot_verdicts, verdicts)
 
@@ -32,7 +32,7 @@ def late_collapses(rows: list, arm: str) -> dict:    # cell -> (collapsed, runs)
             found.setdefault(r['cell'], []).append(values[-1] < max(values) / 2)
     return {cell: (sum(v), len(v)) for cell, v in found.items()}
 
-# %% ../nbs/39_stability.ipynb #652e5ab9
+# %% ../nbs/39_stability.ipynb #07afece6
 def clipped(rows: list, arm: str, cell: str) -> np.ndarray:    # [steps]
     "Share of steps of rollouts whose ratio was clipped, along training, mean over runs"
     shares = [r['curve']['clipped'] for r in pick(rows, arm, cell).values()]
@@ -49,7 +49,7 @@ def _gain(ax, x, rows, arm, cell, label=None):
 
 def plot_clip(rows: list):    # a matplotlib figure
     "Gain over the start with the ratio clipped tightly, as usual or not at all; share clipped"
-    run = [a.name for a in arms('ppo-clip') if means(rows, a.name)]
+    run = [arm for arm in CLIPS if means(rows, arm)]
     with style():
         import matplotlib.pyplot as plt
         fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), width_ratios=(3, 2))

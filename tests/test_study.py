@@ -502,7 +502,12 @@ def test_what_the_front_page_says_in_short_is_in_the_table():
     assert max(answers(r).mean() for r in pick(rows, "PPO clip 0.2", "vanilla").values()) < .2
     assert max(answers(r).mean() for r in pick(rows, "PPO clip off", "exact").values()) < .25
     assert gain("PPO clip 0.2", "exact").low > 0 and whole(gain("PPO clip 0.2", "exact")) == 16
-    assert min(more("PPO clip 0.02", c).low for c in ("exact", "centred")) > 0 > gain("PPO clip 0.02", "vanilla").low
+    assert [whole(more("PPO clip 0.02", c)) for c in ("exact", "centred")] == [24, 21] and min(more("PPO clip 0.02", c).low for c in ("exact", "centred")) > 0
+    assert difference(rows, "PPO clip 0.2", ("exact", "latent-start"), "sampled").low < 0
+    slow = [gain("K = 10, lr 3e-05", c) for c in ("vanilla", "exact", "centred")]
+    assert all(x.low > 0 and 4 < 100 * x.mean < 6.5 for x in slow)
+    curves = [[v for v in r["curve"]["validation"] if v is not None] for r in pick(rows, "PPO clip 0.02", "vanilla").values()]
+    assert np.mean([c[1] for c in curves]) > .8 > .62 > np.mean([c[-1] for c in curves])
 
 
 def test_the_record_follows_from_the_table():
