@@ -109,7 +109,7 @@ def _ladder(rates):
     return [Arm('from explicit', short, SEEDS[:5], dict(explicit_first=True)),
             *(Arm(name, cells, SEEDS[:5], TOYS[name]) for name in list(TOYS)[1:])]
 
-# %% ../nbs/35_study.ipynb #336e0ef5
+# %% ../nbs/35_study.ipynb #cc19c316
 SMALL = dict(width=256, layers=4, heads=4, ff=704, vocab_size=4000, compute='float32',
              explicit_sft=3000, latent_sft=3000, sft_lr=1e-3, max_extra=0, lr=1e-4, steps=40,
              eval_every=0, save_every=0)     # what minutes of one GPU can do, not the preset's size
@@ -131,6 +131,8 @@ STUDIES = { # name -> learning rates of the search -> arms
                                  Arm('K = 10, lr 3e-05', SHORT, SEEDS, dict(top_k=10, lr=3e-5)),
                                  Arm('K = 10, one change', CHANGES, SEEDS, dict(top_k=10))],
     'long': lambda rates: [Arm('long', THREE, SEEDS[:5], dict(steps=600, eval_every=60)),
+                           Arm('long, one change', CHANGES, SEEDS[:5],
+                               dict(steps=600, eval_every=60)),
                            Arm('long, small rate', SHORT, SEEDS[:5],
                                dict(steps=600, eval_every=60, lr=1e-5))],
     'pass': lambda rates: [Arm('pass@k', _tuned(MAIN[:1] + SHORT, rates) + STARTS, SEEDS[:5],
