@@ -6,12 +6,11 @@
 __all__ = ['WORDS', 'validation', 'late_collapses', 'clipped', 'plot_clip', 'plot_components', 'plot_long', 'plot_pass',
            'figures']
 
-# %% ../nbs/39_stability.ipynb #6a55a052
+# %% ../nbs/39_stability.ipynb #823a41cb
 import re
 import numpy as np
-from .compare import NAMES
 from .evidence import judged, outcomes, plot_grid, plot_leak, plot_switches
-from .plots import plot_curves, style
+from .plots import style
 from .regions import LOOKS_OF, mapped, plot_map, plot_regions, regions
 from .study import CLIPS, THREE, answers, arms, pick, shared
 from .verdicts import (SHORT_LOOKS, difference, means, passing, plot_methods,
@@ -91,20 +90,26 @@ def plot_components(rows: list):    # a matplotlib figure
         fig.legend(*right.get_legend_handles_labels(), loc='outside lower center', ncols=3)
     return fig
 
-# %% ../nbs/39_stability.ipynb #34d68b49
+# %% ../nbs/39_stability.ipynb #d541ff98
 def plot_long(rows: list):    # a matplotlib figure
-    "Validation along ten times the usual number of steps"
-    found = {a.name: [r for r in rows if r['arm'] == a.name and r['curve']] for a in arms('long')}
-    found = {a: mine for a, mine in found.items() if mine}
+    "Validation along ten times the usual number of steps: a panel per method, a line per run"
+    found = {(arm.name, c.name): pick(rows, arm.name, c.name) for arm in arms('long')
+             for c in arm.cells if arm.name != 'long, one change' or c.name != 'vanilla'}
+    found = {k: runs for k, runs in found.items() if runs}
     with style():
         import matplotlib.pyplot as plt
-        fig, axes = plt.subplots(len(found), 1, figsize=(6.4, 3.2 * len(found)), squeeze=False)
-        for ax, (arm, mine) in zip(axes.flat, found.items()):
-            curves = {}
-            for r in mine: curves.setdefault(NAMES[r['cell']], []).append(validation(r)[1])
-            percent = {name: 100 * np.array(v) for name, v in curves.items()}
-            plot_curves(percent, validation(mine[0])[0], 'training steps', 'validation Pass@1 (%)',
-                        ax, title=arm)
+        lines = -(-len(found) // 5)
+        fig, axes = plt.subplots(lines, 5, figsize=(9, 2.6 * lines), sharex=True, sharey=True,
+                                 squeeze=False)
+        for ax, ((arm, cell), runs) in zip(axes.flat, found.items()):
+            for r in runs.values():
+                steps, values = validation(r)
+                ax.plot(steps, 100 * np.array(values), linewidth=1.4, alpha=.8,
+                        color=SHORT_LOOKS.get(cell, ('#CC79A7',))[0])
+            ax.set_title(f'{cell}\n(1e-5)' if 'small' in arm else cell)
+            ax.set(xlabel='steps', ylim=(0, 103))
+        for ax in list(axes.flat)[len(found):]: ax.axis('off')
+        axes[0, 0].set_ylabel('validation Pass@1 (%)')
     return fig
 
 # %% ../nbs/39_stability.ipynb #103aa495
