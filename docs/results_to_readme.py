@@ -1,4 +1,4 @@
-"""Write the measured tables into README.md and redraw the figure: `python docs/results_to_readme.py`.
+"""Write the measured tables into README.md and redraw the figures: `python docs/results_to_readme.py`.
 
 They come from the files in docs/results that `latent-grpo compare` and `latent-grpo train` wrote.
 """
@@ -7,6 +7,8 @@ from pathlib import Path
 
 from latent_grpo.compare import draw, table_rows, table_text
 from latent_grpo.plots import save_figure
+from latent_grpo.stability import plot_long
+from latent_grpo.study import read_table
 from latent_grpo.verdicts import verdict_table
 
 ROOT = Path(__file__).parent.parent
@@ -91,3 +93,4 @@ if __name__ == "__main__":
     path.write_text(with_tables(path.read_text("utf-8")), "utf-8")
     record = json.loads((RESULTS / "toy.json").read_text("utf-8"))
     save_figure(draw(table_rows(record["results"])), ROOT / "docs/images/toy")
+    save_figure(plot_long(read_table(RESULTS / "study.jsonl.gz")), ROOT / "docs/images/long")

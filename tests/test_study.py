@@ -504,6 +504,12 @@ def test_what_the_front_page_says_in_short_is_in_the_table():
     assert gain("PPO clip 0.2", "exact").low > 0 and whole(gain("PPO clip 0.2", "exact")) == 16
     assert [whole(more("PPO clip 0.02", c)) for c in ("exact", "centred")] == [24, 21] and min(more("PPO clip 0.02", c).low for c in ("exact", "centred")) > 0
     assert difference(rows, "PPO clip 0.2", ("exact", "latent-start"), "sampled").low < 0
+    from latent_grpo.stability import late_collapses
+    ends = {c: [answers(r).mean() for r in pick(rows, "long", c).values()] for c in ("vanilla", "exact", "centred")}
+    assert sum(v < .3 for v in ends["vanilla"]) == 4 and len(ends["vanilla"]) == 5 and .925 < min(ends["exact"] + ends["centred"])
+    assert late_collapses(rows, "long, one change") == {"vanilla": (4, 5), "masked": (4, 5), "mean removed": (0, 5)}
+    assert whole(difference(rows, "K = 10, one change", ("mean removed", "vanilla"))) == 16
+    assert whole(difference(rows, "PPO clip 0.02, one change", ("mean removed", "vanilla"))) == 31
     slow = [gain("K = 10, lr 3e-05", c) for c in ("vanilla", "exact", "centred")]
     assert all(x.low > 0 and 4 < 100 * x.mean < 6.5 for x in slow)
     curves = [[v for v in r["curve"]["validation"] if v is not None] for r in pick(rows, "PPO clip 0.02", "vanilla").values()]
