@@ -61,6 +61,7 @@ def test_searched_rates_reach_the_cells():
 
 def test_an_unknown_study_and_an_unknown_arm_are_refused(tmp_path):
     with pytest.raises(ValueError, match="study 'toys': choose one of search"): arms("toys")
+    with pytest.raises(ValueError, match="study 'toys': choose one of search"): report("toys", tmp_path / "t.gz")
     with pytest.raises(ValueError, match="arm 'x': grid has none of this name"):
         study("grid", tmp_path / "t.gz", tmp_path / "runs", only="x")
 
@@ -514,6 +515,17 @@ def test_what_the_front_page_says_in_short_is_in_the_table():
     assert all(x.low > 0 and 4 < 100 * x.mean < 6.5 for x in slow)
     curves = [[v for v in r["curve"]["validation"] if v is not None] for r in pick(rows, "PPO clip 0.02", "vanilla").values()]
     assert np.mean([c[1] for c in curves]) > .8 > .62 > np.mean([c[-1] for c in curves])
+
+
+def test_what_protocol_and_findings_say_of_lengths_and_leaks_was_measured():
+    from test_skeleton import ROOT
+    starts = json.loads((ROOT / "docs/results/lengths.json").read_text("utf-8"))["starts"].values()
+    assert sum(n for s in starts for steps, n in s["steps"].items() if steps not in ("12", "15")) == 1
+    assert [round(100 * f(s["mixed_groups"] for s in starts)) for f in (min, max)] == [5, 13]
+    rows = read_table(ROOT / "docs/results/study.jsonl.gz")
+    leak = lambda arm, cell: np.mean([r["at_start"]["leak"] for r in pick(rows, arm, cell).values()])
+    assert (round(leak("top_k 2", "vanilla"), 2), round(leak("K = 10", "vanilla"), 2)) == (.15, .40)
+    assert max(leak("K = 10", c) for c in ("exact", "centred")) < .06
 
 
 def test_the_record_follows_from_the_table():
