@@ -331,8 +331,8 @@ def study(
 # %% ../nbs/35_study.ipynb #3bb1565a
 def report(name: str, table: Path) -> str:
     "The tables of a study: a line per arm and cell, means over seeds in %"
-    arms(name)      # refuses an unknown name
     lines, rows = [], [r for r in read_table(table) if r['study'] == name]
+    if not rows: arms(name)     # refuses an unknown name
     for arm in dict.fromkeys(r['arm'] for r in rows):
         lines += ['', f'{arm:24}seeds  Pass@1 noise-free   best  sampled  steps  KL']
         mine = [r for r in rows if r['arm'] == arm]
