@@ -122,6 +122,9 @@ STUDIES = { # name -> learning rates of the search -> arms
     'toy': lambda rates: [Arm('toy', _tuned(MAIN + LESS + PEERS, rates), SEEDS)],
     'ladder': _ladder,
     'grid': lambda rates: [Arm('grid', grid_cells(), SEEDS[:4])],
+    'grid-toys': lambda rates: [Arm(f'grid, {toy}', tuple(
+        c for c in grid_cells() if c.name.endswith('paper, off')), SEEDS[:4], TOYS[toy])
+        for toy in ('peaked', 'modulus 13')],      # every score, noise and estimator
     'map': lambda rates: _map(),
     'ppo-clip': lambda rates: [Arm(name, THREE, SEEDS, dict(lr=1e-3) | how)
                                for name, how in CLIPS.items()] + [
