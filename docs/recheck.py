@@ -22,7 +22,7 @@ TABLE = Path(__file__).parent / "results/study.jsonl.gz"
 
 def sample(rows, rng, count=3):
     """Some pairs of cells on some rungs that the table judges and that take a minute a run."""
-    found = [a for name in ("toy", "ladder", "ppo-clip", "components") for a in arms(name, chosen_rates(rows))]
+    found = [a for name in ("toy", "ladder", "grid-toys", "ppo-clip", "components") for a in arms(name, chosen_rates(rows))]
     tests = [(claim, arm) for claim in CLAIMS if not callable(claim.what) and len(claim.what) == 2 for arm in found
              if arm.name in claim.arms and len(shared(rows, arm.name, *claim.what)) > 2]
     return rng.sample(tests, min(count, len(tests)))
