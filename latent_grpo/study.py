@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SEARCH_SEEDS', 'SEEDS', 'RATES', 'MAIN', 'PEERS', 'LESS', 'STARTS', 'SHORT', 'THREE', 'CHANGES', 'ALONE', 'TOYS',
-           'AXES', 'SMALL', 'CLIPS', 'STUDIES', 'Cell', 'Arm', 'grid_cells', 'arms', 'measure', 'run_row', 'read_table',
-           'write_table', 'committed_rows', 'pick', 'shared', 'answers', 'chosen_rates', 'split_mean', 'best_mean',
-           'study', 'report']
+           'AXES', 'SMALL', 'GRIDS', 'CLIPS', 'STUDIES', 'Cell', 'Arm', 'grid_cells', 'arms', 'measure', 'run_row',
+           'read_table', 'write_table', 'committed_rows', 'pick', 'shared', 'answers', 'chosen_rates', 'split_mean',
+           'best_mean', 'study', 'report']
 
 # %% ../nbs/35_study.ipynb #d2a71aa3
 from dataclasses import dataclass, field, replace
@@ -113,6 +113,7 @@ def _ladder(rates):
 SMALL = dict(width=256, layers=4, heads=4, ff=704, vocab_size=4000, compute='float32',
              explicit_sft=3000, latent_sft=3000, sft_lr=1e-3, max_extra=0, lr=1e-4, steps=40,
              eval_every=0, save_every=0)     # what minutes of one GPU can do, not the preset's size
+GRIDS = 'grid', 'grid, peaked', 'grid, modulus 13'      # arms; the last two have nine cells
 CLIPS = {'PPO clip 0.02': dict(clip_eps=.02), 'PPO clip 0.2': dict(clip_eps=.2),
          'PPO clip off': dict(clip_eps=1e6, dual_clip=1e6)}     # of the ratio, both sides
 
@@ -122,9 +123,9 @@ STUDIES = { # name -> learning rates of the search -> arms
     'toy': lambda rates: [Arm('toy', _tuned(MAIN + LESS + PEERS, rates), SEEDS)],
     'ladder': _ladder,
     'grid': lambda rates: [Arm('grid', grid_cells(), SEEDS[:4])],
-    'grid-toys': lambda rates: [Arm(f'grid, {toy}', tuple(
-        c for c in grid_cells() if c.name.endswith('paper, off')), SEEDS[:4], TOYS[toy])
-        for toy in ('peaked', 'modulus 13')],      # every score, noise and estimator
+    'grid-toys': lambda rates: [Arm(name, tuple(
+        c for c in grid_cells() if c.name.endswith('paper, off')), SEEDS[:4], TOYS[name[6:]])
+        for name in GRIDS[1:]],      # every score, noise and estimator
     'map': lambda rates: _map(),
     'ppo-clip': lambda rates: [Arm(name, THREE, SEEDS, dict(lr=1e-3) | how)
                                for name, how in CLIPS.items()] + [
