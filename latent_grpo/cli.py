@@ -134,7 +134,7 @@ def _study_options(commands):
     "Runs and tables of the reproduction"
     text = 'claims of the paper, tested by many runs; what the table holds is not run again'
     p = _plain(commands, 'study', text)
-    p.add_argument('name', help='search, toy, ladder, grid, map, long, words; an unknown one lists all')
+    p.add_argument('name', help='search, toy, grid, map, long, ...; an unknown one lists all')
     p.add_argument('--arm', default='', help='only this one, e.g. "modulus 13"')
     p.add_argument('--report', action='store_true',
                    help='run nothing, print the tables, save the figures')
