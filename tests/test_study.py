@@ -495,6 +495,8 @@ def test_what_the_front_page_says_in_short_is_in_the_table():
     rows, words = mapped(rows), {k: effect_word(v) for k, v in regions(rows).items() if k[0] == "base" or k[0].startswith("lr ")}
     assert len({arm for arm, _ in words}) == 6 and not [k for k, w in words.items() if k[1] in ("one-sided", "paper") and w == "helps"]
     assert all(words[a, "one-sided"] == "harms" for a in ("lr 1e-05", "lr 3e-05", "base", "lr 0.0003")) and words["lr 1e-06", "one-sided"] == "nothing"
+    every = [effect_word(v) for k, v in regions(read_table(ROOT / "docs/results/study.jsonl.gz")).items() if k[1] == "one-sided"]
+    assert (len(every), every.count("harms"), every.count("helps")) == (23, 18, 0)
     rows = read_table(ROOT / "docs/results/study.jsonl.gz")
     more = lambda arm, cell: difference(rows, arm, (cell, "vanilla"))
     whole = lambda x: round(100 * x.mean)
@@ -513,6 +515,9 @@ def test_what_the_front_page_says_in_short_is_in_the_table():
     assert whole(difference(rows, "PPO clip 0.02, one change", ("mean removed", "vanilla"))) == 31
     slow = [gain("K = 10, lr 3e-05", c) for c in ("vanilla", "exact", "centred")]
     assert all(x.low > 0 and 4 < 100 * x.mean < 6.5 for x in slow)
+    released = [gain(f"grid, {toy}", "published, two-sided, released, paper, off") for toy in ("peaked", "modulus 13")]
+    assert [whole(x) for x in released] == [-25, -17] and max(x.high for x in released) < 0
+    assert sorted(answers(r).mean() < .01 for r in pick(rows, "grid, peaked", "published, two-sided, none, paper, off").values()) == [0, 0, 0, 1]
     curves = [[v for v in r["curve"]["validation"] if v is not None] for r in pick(rows, "PPO clip 0.02", "vanilla").values()]
     assert np.mean([c[1] for c in curves]) > .8 > .62 > np.mean([c[-1] for c in curves])
 
