@@ -8,6 +8,7 @@ __all__ = ['INGREDIENTS', 'LOOKS_OF', 'effect_word', 'mapped', 'regions', 'regio
 
 # %% ../nbs/38_regions.ipynb #f27f274a
 import numpy as np
+from .evidence import plot_effects
 from .plots import style
 from .presets import make_config
 from .study import arms, grid_cells
@@ -53,28 +54,17 @@ def region_table(rows: list) -> str:    # markdown
         lines.append('| ' + ' | '.join(cells) + ' |')
     return '\n'.join(lines)
 
-# %% ../nbs/38_regions.ipynb #873cf068
+# %% ../nbs/38_regions.ipynb #1b4873c5
 def plot_regions(rows: list):    # a matplotlib figure
     "Difference from vanilla in points: a line per setting, a column per ingredient"
     found = regions(rows)
     lines, ingredients = (list(dict.fromkeys(k[i] for k in found)) for i in (0, 1))
     ingredients.sort(key=INGREDIENTS.index)
-    values = np.array([[100 * found[a, c].mean if (a, c) in found else np.nan for c in ingredients]
-                       for a in lines])
-    with style(axes__grid=False):
-        import matplotlib.pyplot as plt
-        fig, ax = plt.subplots(figsize=(7, .9 + .3 * len(lines)))
-        ax.imshow(values, cmap='PuOr', vmin=-60, vmax=60, aspect='auto')
-        for (y, x), v in np.ndenumerate(values):
-            if not np.isfinite(v): continue
-            word = effect_word(found[lines[y], ingredients[x]])
-            text = dict(nothing='0', unclear=f'({v:+.0f})').get(word, f'{v:+.0f}')
-            ax.text(x, y, text, ha='center', va='center', color='white' if abs(v) > 40 else 'black',
-                    fontweight='bold' if word in ('helps', 'harms') else 'normal')
-        ax.set_yticks(range(len(lines)), lines)
-        ax.set_xticks(range(len(ingredients)), ingredients)
-        ax.set_title('Points of Pass@1 more than vanilla; in brackets: unclear')
-    return fig
+    def say(x):
+        word, points = effect_word(x), f'{100 * x.mean:+.0f}'
+        return word in ('helps', 'harms'), dict(nothing='0', unclear=f'({points})').get(word, points)
+    return plot_effects([[found.get((a, c)) for c in ingredients] for a in lines], lines,
+                        ingredients, 'Points of Pass@1 more than vanilla; in brackets: unclear', say)
 
 # %% ../nbs/38_regions.ipynb #20726e41
 def plot_map(rows: list):    # a matplotlib figure

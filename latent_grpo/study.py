@@ -113,7 +113,7 @@ def _ladder(rates):
 SMALL = dict(width=256, layers=4, heads=4, ff=704, vocab_size=4000, compute='float32',
              explicit_sft=3000, latent_sft=3000, sft_lr=1e-3, max_extra=0, lr=1e-4, steps=40,
              eval_every=0, save_every=0)     # what minutes of one GPU can do, not the preset's size
-GRIDS = 'grid', 'grid, peaked', 'grid, modulus 13'      # arms; the last two have nine cells
+GRIDS = 'grid', *(f'grid, {toy}' for toy in list(TOYS)[1:3])     # the last two: nine cells
 CLIPS = {'PPO clip 0.02': dict(clip_eps=.02), 'PPO clip 0.2': dict(clip_eps=.2),
          'PPO clip off': dict(clip_eps=1e6, dual_clip=1e6)}     # of the ratio, both sides
 
@@ -124,8 +124,8 @@ STUDIES = { # name -> learning rates of the search -> arms
     'ladder': _ladder,
     'grid': lambda rates: [Arm('grid', grid_cells(), SEEDS[:4])],
     'grid-toys': lambda rates: [Arm(name, tuple(
-        c for c in grid_cells() if c.name.endswith('paper, off')), SEEDS[:4], TOYS[name[6:]])
-        for name in GRIDS[1:]],      # every score, noise and estimator
+        c for c in grid_cells() if c.name.endswith('paper, off')), SEEDS[:4],
+        TOYS[name.removeprefix('grid, ')]) for name in GRIDS[1:]],
     'map': lambda rates: _map(),
     'ppo-clip': lambda rates: [Arm(name, THREE, SEEDS, dict(lr=1e-3) | how)
                                for name, how in CLIPS.items()] + [
