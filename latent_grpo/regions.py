@@ -62,9 +62,10 @@ def plot_regions(rows: list):    # a matplotlib figure
     ingredients.sort(key=INGREDIENTS.index)
     def say(x):
         word, points = effect_word(x), f'{100 * x.mean:+.0f}'
-        return word in ('helps', 'harms'), dict(nothing='0', unclear=f'({points})').get(word, points)
+        clear = word in ('helps', 'harms')
+        return clear, points if clear else dict(nothing='0', unclear=f'({points})')[word]
     return plot_effects([[found.get((a, c)) for c in ingredients] for a in lines], lines,
-                        ingredients, 'Points of Pass@1 more than vanilla; in brackets: unclear', say)
+                        ingredients, 'Points of Pass@1 more than vanilla; brackets: unclear', say)
 
 # %% ../nbs/38_regions.ipynb #20726e41
 def plot_map(rows: list):    # a matplotlib figure

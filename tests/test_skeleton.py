@@ -50,7 +50,7 @@ ALLOWED = {
     "study": {"benchmarks", "compare", "plots", "presets", "train"},
     "verdicts": {"evaluate", "plots", "sampling", "study"},
     "evidence": {"plots", "presets", "study", "verdicts"},
-    "regions": {"plots", "presets", "study", "verdicts"},
+    "regions": {"evidence", "plots", "presets", "study", "verdicts"},
     "stability": {"evidence", "plots", "regions", "study", "verdicts"},
 }
 
