@@ -290,7 +290,8 @@ def _missing(name, arm, rows, out, table):
     "Runs to do: folder -> (job, cell); a seed of which some are missing is run with one start"
     jobs = {}
     for seed in arm.seeds:
-        made = {c.name: Job(arm.preset, c.method, seed, arm.settings | c.settings, {}, out)
+        made = {c.name: Job(arm.preset, c.method, seed, arm.settings | c.settings, {},
+                            out/arm.preset)
                 for c in arm.cells}
         kept = {c: r for c in made if (r := rows.get((name, arm.name, c, seed)))}
         for c, job in made.items():
