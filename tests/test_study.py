@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from latent_grpo import study as package
+from latent_grpo.compare import Job
 from latent_grpo.evaluate import hierarchical_bootstrap, rank_correlation, seed_interval
 from latent_grpo.evidence import forecast, leak_table, leak_threshold, outcomes
 from latent_grpo.presets import make_config
@@ -14,7 +15,7 @@ from latent_grpo.regions import effect_word, mapped, region_table, regions
 from latent_grpo.runs import provenance
 from latent_grpo.stability import clipped, figures, late_collapses
 from latent_grpo.study import (RATES, SEARCH_SEEDS, SEEDS, STUDIES, Arm, Cell, answers, arms, chosen_rates, grid_cells,
-                               pick, read_table, report, study, write_table)
+                               pick, read_table, report, run_row, study, write_table)
 from latent_grpo.verdicts import (CLAIMS, Claim, at_seeds, collapsed, difference, if_cut, if_moved, joined,
                                   judge, leak_and_drift, leak_predicts, main_effect, overall, passes, verdict_table, verdicts,
                                   wider)
@@ -102,6 +103,19 @@ def test_a_study_resumes_and_repeats(tmp_path, monkeypatch):
     assert len(one) == len(other) == 1 and one != other
     text = report("tiny", table)
     assert "vanilla" in text and len(text.splitlines()) == 6
+
+
+def test_a_problem_of_two_tests_counts_once(tmp_path):
+    """`multiarith_174` is MultiArith without six problems: three tests make the mean, as the protocol says."""
+    score = dict(pass1=.5, latent_length=4., text_length=2., support=1., invalid=0., unparsed=0., kl=.1, samples=1,
+                 counts=[1, 0])
+    tests = "multiarith", "svamp", "mawps", "multiarith_174"
+    scores = {k: dict(noise_free=score, sampled=score) for k in tests}
+    scores |= dict(minutes={}, made={}, data={}, best={k: score for k in tests})
+    job = Job("wordproblems", "vanilla", 20, {}, {}, tmp_path)
+    row = run_row("words", arms("words")[0], "vanilla", job, dict(scores=scores, curve={}))
+    assert list(row["scores"]) == list(row["best"]) == ["multiarith", "svamp", "mawps"]
+    assert answers(row).mean() == .5 and len(answers(row)) == 6
 
 
 def test_the_same_rows_give_the_same_bytes(tmp_path):
