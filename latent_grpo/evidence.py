@@ -192,7 +192,8 @@ def leak_arms() -> dict:    # line of the table -> (study, arm)s
             'map: other samplers, labels, lengths': [('map', a) for a in drawn],
             'map: other training': [('map', a) for a in named if a not in drawn],
             'other toys at the rate of the grid': [('grid-toys', a) for a in GRIDS[1:]],
-            'other toys and starts, own rates': [('ladder', a.name) for a in arms('ladder')]}
+            'other toys and starts, own rates': [('ladder', a.name) for a in arms('ladder')],
+            'word problems': [('words', a.name) for a in arms('words')]}
 
 # %% ../nbs/37_evidence.ipynb #671b06d9
 def leak_table(rows: list) -> str:    # markdown
