@@ -527,6 +527,13 @@ def test_what_the_front_page_says_in_short_is_in_the_table():
     assert late_collapses(rows, "long, one change") == {"vanilla": (4, 5), "masked": (4, 5), "mean removed": (0, 5)}
     assert whole(difference(rows, "K = 10, one change", ("mean removed", "vanilla"))) == 16
     assert whole(difference(rows, "PPO clip 0.02, one change", ("mean removed", "vanilla"))) == 31
+    for arm in ("long, lr 3e-05", "long, small rate"):
+        assert late_collapses(rows, arm) == {"vanilla": (0, 5), "paper": (5, 5), "exact": (0, 5), "centred": (0, 5)}
+        assert all(29 < 100 * gain(arm, c).mean < 33.5 for c in ("vanilla", "exact", "centred"))
+    assert [whole(gain(r, "paper")) for r in ("r = 2", "r = 4")] == [-17, -4] and max(gain(r, "paper").high for r in ("r = 2", "r = 4")) < 0
+    assert all(more(r, "exact").high < .02 for r in ("r = 2", "r = 3", "r = 4")) and all(more(r, "centred").high < .02 for r in ("r = 3", "r = 4"))
+    assert [round(1000 * gain(r, "centred").mean) for r in ("r = 3", "r = 4")] == [17, 16]
+    assert difference(rows, "toy", ("paper", "latent-start"), "best").low > 0
     slow = [gain("K = 10, lr 3e-05", c) for c in ("vanilla", "exact", "centred")]
     assert all(x.low > 0 and 4 < 100 * x.mean < 6.5 for x in slow)
     released = [gain(f"grid, {toy}", "published, two-sided, released, paper, off") for toy in ("peaked", "modulus 13")]
