@@ -137,8 +137,8 @@ STUDIES = { # name -> learning rates of the search -> arms
     'long': lambda rates: [Arm('long', THREE, SEEDS[:5], dict(steps=600, eval_every=60)),
                            Arm('long, one change', CHANGES, SEEDS[:5],
                                dict(steps=600, eval_every=60)),
-                           *(Arm(name, SHORT, SEEDS[:5], dict(steps=600, eval_every=60, lr=lr))
-                             for name, lr in (('long, small rate', 1e-5), ('long, lr 3e-05', 3e-5)))],
+                           *(Arm(a, SHORT, SEEDS[:5], dict(steps=600, eval_every=60, lr=lr))
+                             for a, lr in (('long, small rate', 1e-5), ('long, lr 3e-05', 3e-5)))],
     'pass': lambda rates: [Arm('pass@k', _tuned(MAIN[:1] + SHORT, rates) + STARTS, SEEDS[:5],
                                dict(modulus=13), noises=(0., .5, 1.))],
     'words': lambda rates: [Arm(f'r = {r}', MAIN[:1] + SHORT + MAIN[3:4], SEEDS[:5], dict(rate=r),

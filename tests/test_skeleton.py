@@ -51,7 +51,7 @@ ALLOWED = {
     "verdicts": {"evaluate", "plots", "sampling", "study"},
     "evidence": {"plots", "presets", "study", "verdicts"},
     "regions": {"evidence", "plots", "presets", "study", "verdicts"},
-    "stability": {"evidence", "plots", "regions", "study", "verdicts"},
+    "stability": {"evidence", "plots", "presets", "regions", "study", "verdicts"},
 }
 
 # Edges to a later notebook: the import stands inside a function. (importer, imported): why
