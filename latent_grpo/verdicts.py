@@ -276,7 +276,7 @@ OF_THE_PAPER += (
 # %% ../nbs/36_verdicts.ipynb #856f7219
 _AT = ('K = 10', 'K = 10, lr 3e-05', 'K = 6, fresh seeds', 'PPO clip off', 'PPO clip 0.02')
 OURS = (
-    Claim('O1', 'the released estimator shrinks a gradient, it flips no sign', 'above', ('one component',),
+    Claim('O1', 'the released estimator shrinks, it flips no sign', 'above', ('one component',),
           released_direction, 'gradient'),
     Claim('O1, cost', 'and ends lower than the aligned one, which flips it', 'less', GRIDS,
           main_effect(2, 'released', 'aligned', lambda r: answers(r).mean())),
