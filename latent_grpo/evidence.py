@@ -193,7 +193,7 @@ def leak_arms() -> dict:    # line of the table -> (study, arm)s
             'map: other training': [('map', a) for a in named if a not in drawn],
             'other toys at the rate of the grid': [('grid-toys', a) for a in GRIDS[1:]],
             'other toys and starts, own rates': [('ladder', a.name) for a in arms('ladder')],
-            'word problems': [('words', a.name) for a in arms('words')]}
+            'word problems': [(s, a.name) for s in ('words', 'words-searched') for a in arms(s)]}
 
 # %% ../nbs/37_evidence.ipynb #671b06d9
 def leak_table(rows: list) -> str:    # markdown

@@ -14,7 +14,7 @@ from latent_grpo.presets import make_config
 from latent_grpo.regions import effect_word, mapped, region_table, regions
 from latent_grpo.runs import provenance
 from latent_grpo.stability import clipped, figures, late_collapses
-from latent_grpo.study import (RATES, SEARCH_SEEDS, SEEDS, STUDIES, Arm, Cell, answers, arms, chosen_rates, grid_cells,
+from latent_grpo.study import (RATES, SEARCH_SEEDS, SEARCHES, SEEDS, STUDIES, Arm, Cell, answers, arms, chosen_rates, grid_cells,
                                pick, read_table, report, run_row, study, write_table)
 from latent_grpo.verdicts import (CLAIMS, Claim, at_seeds, collapsed, difference, if_cut, if_moved, joined,
                                   judge, leak_and_drift, leak_predicts, main_effect, overall, passes, verdict_table, verdicts,
@@ -41,16 +41,32 @@ def test_every_run_of_a_study_is_a_valid_configuration(name):
 
 
 def test_no_seed_both_searches_and_reports():
-    used = {s for name in STUDIES if name != "search" for a in arms(name) for s in a.seeds}
+    used = {s for name in STUDIES if name not in SEARCHES.values() for a in arms(name) for s in a.seeds}
     assert used <= set(SEEDS) and not used & set(SEARCH_SEEDS)
 
 
-def test_the_search_is_the_same_for_everybody():
-    found = arms("search")
+@pytest.mark.parametrize("search, after", [("search", "toy"), ("words-search", "words-searched")])
+def test_a_search_is_the_same_for_everybody(search, after):
+    found = arms(search)
     assert [a.settings["lr"] for a in found] == list(RATES)
     assert len({tuple(c.name for c in a.cells) for a in found}) == 1
-    assert {c.name for a in arms("toy") for c in a.cells if not c.name.startswith("paper, ")} == \
+    assert {c.name for a in arms(after) for c in a.cells if not c.name.startswith("paper, ")} == \
            {c.name for c in found[0].cells}
+
+
+def test_a_study_takes_the_rates_of_its_own_search(tmp_path):
+    rows = [dict(study=s, cell="paper", settings=dict(lr=lr), curve=dict(validation=[.5, v]))
+            for s, best in (("search", 3e-5), ("words-search", 3e-4)) for lr in (3e-5, 3e-4) for v in [.1 + (lr == best)]]
+    for name, lr in (("toy", 3e-5), ("words-searched", 3e-4)):
+        arm = arms(name, chosen_rates(rows, SEARCHES[name]))[0]
+        assert {c.name: c.settings.get("lr") for c in arm.cells}["paper"] == lr
+    with pytest.raises(ValueError, match="centred has no learning rate; run the study words-search first"):
+        study("words-searched", tmp_path / "t.gz", tmp_path / "runs")
+
+
+def test_the_grid_of_other_toys_is_the_half_with_masking_on():
+    grid = arms("grid")[0].cells
+    for arm in arms("grid-toys"): assert arm.cells == tuple(c for c in grid if c.settings["masking"] == "paper")
 
 
 def test_searched_rates_reach_the_cells():
