@@ -104,17 +104,19 @@ def plot_effects(found: list, lines: list, columns: list, title: str, say):    #
     return fig
 
 def plot_grids(rows: list):    # a matplotlib figure
-    "Gain over the start of every score, noise and estimator: a column per toy"
-    names = [c.name for c in grid_cells() if c.name.endswith('paper, off')]
-    run = [a for a in GRIDS if means(rows, a)]
-    found = [[difference(rows, a, (c, 'latent-start')) for a in run] for c in names]
-    starts = [100 * np.mean(means(rows, a)['latent-start']) for a in run]
-    labels = [a.replace('grid, ', '').replace('grid', 'toy') for a in run]
+    "Gain over the start of every score, noise and estimator: per toy, without and with selection"
+    names = [c.name.removesuffix('off') for c in grid_cells() if c.name.endswith('paper, off')]
+    columns = [(a, s) for a in GRIDS if means(rows, a) for s in ('off', 'paper')]
+    found = [[difference(rows, a, (c + s, 'latent-start')) for a, s in columns] for c in names]
+    def label(arm, selection):
+        if selection == 'paper': return 'with\nselection'
+        toy = arm.replace('grid, ', '').replace('grid', 'toy')
+        return f"{toy}\n{100 * np.mean(means(rows, arm)['latent-start']):.0f} %"
     def say(x):
         points, clear = f'{100 * x.mean:+.0f}', x.low > 0 or x.high < 0
         return clear, points if clear else f'({points})'
-    return plot_effects(found, [c.removesuffix(', paper, off') for c in names],
-                        [f'{a}\nstart {s:.0f} %' for a, s in zip(labels, starts)],
+    return plot_effects(found, [c.removesuffix(', paper, ') for c in names],
+                        [label(*c) for c in columns],
                         'Gain over the start in points; in brackets: unclear', say)
 
 # %% ../nbs/37_evidence.ipynb #1a6beeb3
