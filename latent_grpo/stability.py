@@ -97,25 +97,27 @@ COURSES = 'vanilla', 'masked', 'mean removed', 'exact', 'centred', 'paper'
 
 def plot_long(rows: list):    # a matplotlib figure
     "Validation over 600 steps: learning rates down, methods across, a line per run"
-    found = {}      # (learning rate, method) -> its runs
+    found = {}      # (learning rate, column) -> method and its runs
     for arm in arms('long'):
         for c in arm.cells:
             runs = pick(rows, arm.name, c.name)
-            if runs: found.setdefault((make_config('toy', **arm.settings).lr, c.name), runs)
+            place = make_config('toy', **arm.settings).lr, c.name.removeprefix('paper, ')
+            if runs: found.setdefault(place, (c.name, runs))
     rates = sorted({lr for lr, _ in found}, reverse=True)
-    cells = [c for c in COURSES if c in {name for _, name in found}]
+    cells = [c for c in COURSES if c in {column for _, column in found}]
     with style():
         import matplotlib.pyplot as plt
         fig, axes = plt.subplots(len(rates), len(cells), figsize=(9, .8 + 1.8 * len(rates)),
                                  sharey=True, squeeze=False)
         for (lr, cell), ax in zip(product(rates, cells), axes.flat):
             ax.set_visible((lr, cell) in found)
-            for r in found.get((lr, cell), {}).values():
+            name, runs = found.get((lr, cell), ('', {}))
+            for r in runs.values():
                 steps, values = validation(r)
                 ax.plot(steps, 100 * np.array(values), linewidth=1.4, alpha=.8,
                         color=SHORT_LOOKS.get(cell, ('#CC79A7',))[0])
             ax.set(xlim=(0, 615), xticks=(0, 300, 600), ylim=(0, 103),
-                   title=f'{cell}\n{lr:.0e}'.replace('e-0', 'e-'))
+                   title=f'{name}\n{lr:.0e}'.replace('e-0', 'e-').replace(', ', ',\n'))
         for ax in axes[:, 0]: ax.set_ylabel('Pass@1 (%)')
         fig.supxlabel('training steps', fontsize=9)
     return fig
