@@ -195,7 +195,8 @@ def leak_arms() -> dict:    # line of the table -> (study, arm)s
             'map: other training': [('map', a) for a in named if a not in drawn],
             'other toys at the rate of the grid': [('grid-toys', a) for a in GRIDS[1:]],
             'other toys and starts, own rates': [('ladder', a.name) for a in arms('ladder')],
-            'word problems': [(s, a.name) for s in ('words', 'words-searched') for a in arms(s)]}
+            'word problems': [(s, a.name) for s in ('words', 'words-searched') for a in arms(s)
+                              if 'change' not in a.name]}
 
 # %% ../nbs/37_evidence.ipynb #671b06d9
 def leak_table(rows: list) -> str:    # markdown

@@ -114,6 +114,6 @@ def plot_rungs(rows: list, rungs: tuple = TOYS):    # a matplotlib figure
             names = [c for c in LOOKS_OF if 'no RL' not in c]
             ax.set_xticks(range(len(names)), names, rotation=60)
             start = 100 * np.mean(means(rows, arm)['latent-start'])
-            ax.set_title(f'{arm}\nlatent start {start:.0f} %')
+            ax.set_title(f'{arm}\nfrom {start:.0f} %'.replace(', ', ',\n'))
         axes[0, 0].set_ylabel('gain over own start (points)')
     return fig

@@ -147,7 +147,8 @@ STUDIES = { # name -> learning rates of its search -> arms
                              for a, lr in (('long, small rate', 1e-5), ('long, lr 3e-05', 3e-5)))],
     'pass': lambda rates: [Arm('pass@k', _tuned(MAIN[:1] + SHORT, rates) + STARTS, SEEDS[:5],
                                dict(modulus=13), noises=(0., .5, 1.))],
-    'words': lambda rates: [Arm(f'r = {r}', REAL, SEEDS[:5], dict(rate=r), 'wordproblems')
+    'words': lambda rates: [Arm(f'r = {r}{tail}', cells, SEEDS[:5], dict(rate=r), 'wordproblems')
+                            for tail, cells in (('', REAL), (', one change', LESS_MEAN))
                             for r in (2, 3, 4)],
     'words-search': lambda rates: [Arm(f'words, lr {x:g}', REAL, SEARCH_SEEDS,
                                        dict(rate=3, eval_every=15, lr=x), 'wordproblems')
