@@ -93,7 +93,7 @@ def plot_components(rows: list):    # a matplotlib figure
     return fig
 
 # %% ../nbs/39_stability.ipynb #d541ff98
-COURSES = 'vanilla', 'masked', 'mean removed', 'exact', 'centred', 'paper'
+COURSES = 'vanilla', 'masked', 'paper', 'mean removed', 'exact', 'centred'
 
 def plot_long(rows: list):    # a matplotlib figure
     "Validation over 600 steps: learning rates down, methods across, a line per run"
