@@ -299,7 +299,7 @@ OURS = (
             LONG[i:], (a, b)) for a in ('exact', 'centred') for i, b in enumerate(_OTHER)),
     Claim('O3, mean removed', 'vanilla ends higher without its mean, all else the same', 'more',
           _changed('K = 10', 'long', 'PPO clip 0.02'), ('mean removed', 'vanilla')),
-    Claim('O3, mean removed from paper', "and the paper's update without its mean", 'more',
+    Claim('O3, mean removed from paper', "the paper's update ends higher without its mean", 'more',
           _changed('long, paper', *WORDS), ('paper, mean removed', 'paper')),
     *(Claim(f'O3, drift of {a}', f'the {a} score drifts less than vanilla', 'less', RUNGS,
             more_drift(a, 'vanilla'), 'nats') for a in ('exact', 'centred')),
