@@ -359,7 +359,7 @@ def plot_verdicts(found: list, title: str = ''):    # a matplotlib figure
     rows = [(v, x) for v in found for x in v['rungs'] if x['unit'] == 'points']
     with style():
         import matplotlib.pyplot as plt
-        fig, ax = plt.subplots(figsize=(8, .8 + .27 * len(rows)))
+        fig, ax = plt.subplots(figsize=(7.2, .8 + .25 * len(rows)))
         for y, (v, x) in enumerate(rows):
             colour, marker = LOOKS[x['verdict']]
             mean, low, high = (100 * e for e in x['effect'])
