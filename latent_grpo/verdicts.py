@@ -74,9 +74,8 @@ def overall(verdicts: list) -> str:
     "One verdict from those of the rungs"
     holds, fails = (verdicts.count(v) / max(1, len(verdicts)) for v in ('holds', 'fails'))
     if not verdicts: return 'not run'
-    if holds > .5 and not fails: return 'holds here'
-    if fails > .5 and not holds: return 'does not hold here'
-    return 'mixed' if holds and fails else 'open'
+    if holds and fails: return 'mixed'
+    return 'holds here' if holds > .5 else 'does not hold here' if fails > .5 else 'open'
 
 # %% ../nbs/36_verdicts.ipynb #5adee3b8
 def joined(rungs: list) -> list:    # verdicts, those of all word problems as one
@@ -365,7 +364,8 @@ def plot_verdicts(found: list, title: str = ''):    # a matplotlib figure
             mean, low, high = (100 * e for e in x['effect'])
             ax.plot([low, high], [-y, -y], color=colour, linewidth=2)
             ax.plot(mean, -y, marker, color=colour)
-        ax.set_yticks(-np.arange(len(rows)), [f"{v['claim']} · {x['arm']}" for v, x in rows])
+        rung = lambda v, x: f" · {x['arm']}" * (x['arm'] not in v['claim'])
+        ax.set_yticks(-np.arange(len(rows)), [v['claim'] + rung(v, x) for v, x in rows])
         ax.axvline(0, color='#444444', linewidth=1)
         ax.axvspan(-100 * MARGIN, 100 * MARGIN, color='#EEEEEE', zorder=0)
         ax.set(xlabel='points, 95 % interval', title=title, ylim=(-len(rows) + .3, .7))
