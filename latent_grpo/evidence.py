@@ -106,7 +106,7 @@ def plot_effects(found: list, lines: list, columns: list, title: str, say):    #
 def plot_grids(rows: list):    # a matplotlib figure
     "Gain over the start of every score, noise and estimator: per toy, without and with selection"
     names = [c.name.removesuffix('off') for c in grid_cells() if c.name.endswith('paper, off')]
-    columns = [(a, s) for a in GRIDS for s in ('off', 'paper') if f'{names[0]}{s}' in means(rows, a)]
+    columns = [(a, s) for a in GRIDS for s in ('off', 'paper') if names[0] + s in means(rows, a)]
     found = [[difference(rows, a, (c + s, 'latent-start')) for a, s in columns] for c in names]
     def label(arm, selection):
         if selection == 'paper': return 'with\nselection'

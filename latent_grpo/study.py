@@ -111,7 +111,7 @@ def _ladder(rates):
     return [Arm('from explicit', short, SEEDS[:5], dict(explicit_first=True)),
             *(Arm(name, cells, SEEDS[:5], TOYS[name]) for name in list(TOYS)[1:])]
 
-# %% ../nbs/35_study.ipynb #cc19c316
+# %% ../nbs/35_study.ipynb #d1255b4d
 SMALL = dict(width=256, layers=4, heads=4, ff=704, vocab_size=4000, compute='float32',
              explicit_sft=3000, latent_sft=3000, sft_lr=1e-3, max_extra=0, lr=1e-4, steps=40,
              eval_every=0, save_every=0)     # what minutes of one GPU can do, not the preset's size
@@ -121,6 +121,7 @@ CLIPS = {'PPO clip 0.02': dict(clip_eps=.02), 'PPO clip 0.2': dict(clip_eps=.2),
 
 SEARCHES = {'toy': 'search', 'ladder': 'search', 'pass': 'search', 'words-searched': 'words-search'}
 
+# %% ../nbs/35_study.ipynb #cc19c316
 STUDIES = { # name -> learning rates of its search -> arms
     'search': lambda rates: [Arm(f'lr {x:g}', MAIN + PEERS, SEARCH_SEEDS, dict(lr=x))
                              for x in RATES],
@@ -159,6 +160,7 @@ STUDIES = { # name -> learning rates of its search -> arms
     'gsm8k': lambda rates: [Arm('gsm8k', MAIN[:1] + SHORT, SEEDS[:3], SMALL, 'gsm8k-scratch')],
 }
 
+# %% ../nbs/35_study.ipynb #f0308e60
 def arms(study: str, rates: dict | None = None) -> list:    # of `Arm`
     "What a study runs, with the learning rates of `chosen_rates`"
     if study not in STUDIES:

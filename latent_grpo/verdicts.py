@@ -392,8 +392,7 @@ def plot_methods(rows: list, arm: str):    # a matplotlib figure
             ax.plot(v, np.full(len(v), y), 'o', color=colour(name), alpha=.5, markersize=5,
                     fillstyle='none' if 'start' in name else 'full')
             ax.plot([v.mean()] * 2, [y - .3, y + .3], color=colour(name), linewidth=2)
-        if 'latent-start' in found:
-            ax.axvline(100 * np.mean(found['latent-start']), color='#666666', linestyle='--')
+        ax.axvline(100 * np.mean(found.get('latent-start', np.nan)), color='.4', linestyle='--')
         ax.set_yticks(range(len(names)), names)
         ax.set(xlabel='noise-free Pass@1 on test problems (%)', xlim=(0, 103),
                title=f'{arm}: a dot per seed, a bar for their mean')
